@@ -1,0 +1,238 @@
+"""Every check of the monorepo; `nox --list` shows them, CONTRIBUTING.md explains them.
+
+Environments are reused, interpreters are never downloaded, and a missing interpreter skips its session.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+EXTRAS = "[vision,datasets,rl,report]"
+DIST = ROOT / "dist"
+REPORT = ROOT / "report"
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = False
+nox.options.download_python = "never"
+nox.options.sessions = ["lint", "types", "boundaries", "tests"]
+
+os.environ["UV_PYTHON_DOWNLOADS"] = "never"
+# The environments are kept, so their bytecode is worth writing: importing torch without it takes three times as long.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def packages() -> dict[str, Path]:
+    """Folder of every package that exists, by its short name, `shared` first."""
+    found = {p.parent.name: p.parent for p in sorted((ROOT / "packages").glob("*/pyproject.toml"))}
+    return {"shared": ROOT / "shared", **found}
+
+
+PACKAGES = packages()
+MODULES = {name: f"leap_{name.replace('-', '_')}" for name in PACKAGES}
+
+
+def group(name: str, folder: Path = ROOT) -> list[str]:
+    """Requirements of one dependency group of a pyproject.toml."""
+    return list(nox.project.dependency_groups(nox.project.load_toml(folder / "pyproject.toml"), name))
+
+
+def editable(*names: str) -> list[str]:
+    """Installer arguments for the named packages and leap-shared from this checkout.
+
+    leap-shared brings its extras only where it is named itself: a package gets those that its own metadata asks for.
+    """
+    shared = f"{PACKAGES['shared']}{EXTRAS if 'shared' in names else ''}"
+    folders = [shared, *(str(PACKAGES[n]) for n in names if n != "shared")]
+    return [argument for folder in folders for argument in ("-e", folder)]
+
+
+def sources() -> list[str]:
+    """Import roots of all packages."""
+    return [str(folder / "src") for folder in PACKAGES.values()]
+
+
+def has_demo(name: str) -> bool:
+    """Whether the package has its headline experiment."""
+    return (PACKAGES[name] / "src" / MODULES[name] / "demo.py").exists()
+
+
+def pythons_for(name: str) -> Iterator[str]:
+    """Names of the `tests` sessions of one package."""
+    return (f"tests-{python}(package='{name}')" for python in PYTHONS)
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("package", [*PACKAGES, "tools"])
+def tests(session: nox.Session, package: str) -> None:
+    """Run one package's tests; `-- ARGUMENTS` go to pytest."""
+    if package == "tools":
+        session.install(*group("tools"))
+        session.run("pytest", "tests", *session.posargs)
+        return
+    session.install(*editable(package), *group("test", PACKAGES[package]))
+    session.chdir(PACKAGES[package])
+    session.run("pytest", *session.posargs)
+
+
+def register_shortcut(package: str) -> None:
+    """`nox -s "tests(package='oper')"`: one package on every interpreter that is here."""
+
+    def shortcut(session: nox.Session) -> None:
+        for name in pythons_for(package):
+            session.notify(name, session.posargs)
+
+    shortcut.__doc__ = f"Run the tests of {package} on every Python."
+    nox.session(shortcut, python=False, name=f"tests(package='{package}')", default=False)
+
+
+for _package in (*PACKAGES, "tools"):
+    register_shortcut(_package)
+
+
+@nox.session
+@nox.parametrize("package", list(PACKAGES))
+def tests_lowest(session: nox.Session, package: str) -> None:
+    """Run one package's tests with the lowest versions that its metadata allows."""
+    session.install("uv")
+    lowest = [*editable(package), *group("test", PACKAGES[package])]
+    session.run("uv", "pip", "install", "--resolution", "lowest-direct", *lowest, silent=True)
+    session.chdir(PACKAGES[package])
+    session.run("pytest", "-W", "default", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff; `-- --fix` mends what can be mended."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]))
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of every package with mypy --strict."""
+    session.install(*editable(*PACKAGES), *group("types"))
+    session.run("mypy", *sources())
+
+
+@nox.session
+def boundaries(session: nox.Session) -> None:
+    """Check who imports whom: packages never import each other, and layers point one way."""
+    session.install(*editable(*PACKAGES), *group("boundaries"))
+    leaves = [module for name, module in MODULES.items() if name != "shared"]
+    contracts = ["[importlinter]", "root_packages =", *(f"    {m}" for m in MODULES.values()), "include_external_packages = true"]
+    contracts += ["[importlinter:contract:core]", "name = leap_shared knows no package", "type = forbidden"]
+    contracts += ["source_modules =", "    leap_shared", "forbidden_modules =", *(f"    {m}" for m in leaves)]
+    if len(leaves) > 1:
+        contracts += ["[importlinter:contract:apart]", "name = packages know leap_shared and never each other"]
+        contracts += ["type = independence", "modules =", *(f"    {m}" for m in leaves)]
+    config = Path(session.create_tmp()) / "importlinter.ini"
+    config.write_text("\n".join(contracts) + "\n")
+    session.run("lint-imports", "--no-cache", "--config", str(config))
+    for folder in PACKAGES.values():
+        session.run("lint-imports", "--no-cache", "--config", str(folder / "pyproject.toml"))
+
+
+def build(session: nox.Session) -> None:
+    """Fill dist/ with the sdist and wheel of everything, and check their metadata and contents."""
+    session.install(*group("build"))
+    shutil.rmtree(DIST, ignore_errors=True)
+    for folder in PACKAGES.values():
+        session.run("python", "-m", "build", "--installer", "uv", "--outdir", str(DIST), str(folder))
+    session.run("twine", "check", "--strict", *map(str, sorted(DIST.iterdir())))
+    session.run("check-wheel-contents", *map(str, sorted(DIST.glob("*.whl"))))
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build everything, then use each wheel in a clean environment that holds only dist/ and the index."""
+    build(session)
+    work = Path(session.create_tmp()).resolve()
+    session.chdir(work)
+    shared = next(DIST.glob("leap_shared-*.whl"))
+    for name, module in MODULES.items():
+        place = work / f"clean-{name}"
+        session.run("uv", "venv", "--clear", "--quiet", "--python", sys.executable, str(place))
+        scripts = place / ("Scripts" if os.name == "nt" else "bin")
+        wheel = next(DIST.glob(f"{module}-*.whl"))
+        installer = ["uv", "pip", "install", "--quiet", "--python", str(scripts / "python")]
+        session.run(*installer, *sorted({str(shared), str(wheel)}))
+        session.run(str(scripts / "python"), "-c", f"import {module}; print({module}.__version__)", external=True)
+        script = str(scripts / f"leap-{name}")
+        session.run(script, "--version", external=True)
+        smoke = ["demo", "--quick", "--out", str(work / f"smoke-{name}")] if has_demo(name) else ["info"]
+        session.run(script, *smoke, external=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning is an error."""
+    session.install(*editable(*PACKAGES), *group("docs"))
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run every package's headline experiment and join them in report/index.html; `-- NAME` picks packages."""
+    names = session.posargs or [name for name in PACKAGES if has_demo(name)]
+    session.install(*editable(*names))
+    for name in names:
+        session.run(f"leap-{name}", "demo", "--out", str(REPORT / name))
+    session.run("leap-shared", "report", *(str(REPORT / name) for name in names), "--out", str(REPORT))
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure every package beside its peers and write benchmarks/results; `-- NAME` picks packages."""
+    names = session.posargs or [name for name in PACKAGES if name != "shared"]
+    for name in names:
+        session.install(*editable(name), *group("bench", PACKAGES[name]))
+        session.run(f"leap-{name}", "bench", "--out", str(PACKAGES[name] / "benchmarks" / "results"))
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Look for unsafe code (bandit) and for known vulnerabilities in what the packages install (pip-audit)."""
+    session.install(*editable(*PACKAGES), *group("audit"))
+    session.run("bandit", "-q", "-c", "pyproject.toml", "-r", *sources())
+    found = Path(session.create_tmp()) / "audit.json"
+    found.unlink(missing_ok=True)
+    session.run(
+        "pip-audit", "--local", "--skip-editable", "--progress-spinner", "off", "--format", "json", "--output", str(found),
+        silent=True, success_codes=range(256),
+    )  # fmt: skip
+    if not found.exists():
+        session.log("pip-audit: the vulnerability database is not reachable from here; nothing was looked up.")
+        return
+    hits = [package for package in json.loads(found.read_text())["dependencies"] if package.get("vulns")]
+    for hit in hits:
+        session.warn(f"{hit['name']} {hit['version']}: " + ", ".join(v["id"] for v in hit["vulns"]))
+    if hits:
+        session.error(f"{len(hits)} packages have known vulnerabilities")
+
+
+@nox.session
+def release_check(session: nox.Session) -> None:
+    """Check that tag, version, changelog and dependency range agree; `-- TAG` for one release, else all."""
+    session.install(*group("tools"))
+    session.run("python", "tools/release_check.py", *session.posargs)
+
+
+@nox.session(python=False)
+def new(session: nox.Session) -> None:
+    """Start a package from the template: `nox -s new -- NAME`."""
+    if len(session.posargs) != 1 or not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", session.posargs[0]):
+        session.error("give one name in lower case, words joined by '-': nox -s new -- crossmodal-adapter")
+    session.run(sys.executable, "tools/new_package.py", session.posargs[0])
