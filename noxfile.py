@@ -1,3 +1,8 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["nox[uv]>=2025.5.1"]
+# ///
 """Every check of the monorepo; `nox --list` shows them, CONTRIBUTING.md explains them.
 
 Environments are reused, interpreters are never downloaded, and a missing interpreter skips its session.
@@ -26,7 +31,6 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = False
 nox.options.download_python = "never"
-nox.options.sessions = ["lint", "types", "boundaries", "tests"]
 
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"
 # The environments are kept, so their bytecode is worth writing: importing torch without it takes three times as long.
@@ -101,7 +105,7 @@ for _package in (*PACKAGES, "tools"):
     register_shortcut(_package)
 
 
-@nox.session
+@nox.session(default=False)
 @nox.parametrize("package", list(PACKAGES))
 def tests_lowest(session: nox.Session, package: str) -> None:
     """Run one package's tests with the lowest versions that its metadata allows."""
@@ -132,12 +136,14 @@ def boundaries(session: nox.Session) -> None:
     """Check who imports whom: packages never import each other, and layers point one way."""
     session.install(*editable(*PACKAGES), *group("boundaries"))
     leaves = [module for name, module in MODULES.items() if name != "shared"]
-    contracts = ["[importlinter]", "root_packages =", *(f"    {m}" for m in MODULES.values()), "include_external_packages = true"]
-    contracts += ["[importlinter:contract:core]", "name = leap_shared knows no package", "type = forbidden"]
-    contracts += ["source_modules =", "    leap_shared", "forbidden_modules =", *(f"    {m}" for m in leaves)]
+    modules = "\n    ".join(MODULES.values())
+    packages = "\n    ".join(leaves)
+    contracts = [f"[importlinter]\nroot_packages =\n    {modules}"]
+    contracts += ["[importlinter:contract:core]\nname = leap_shared knows no package\ntype = forbidden"]
+    contracts += [f"source_modules =\n    leap_shared\nforbidden_modules =\n    {packages}"]
     if len(leaves) > 1:
-        contracts += ["[importlinter:contract:apart]", "name = packages know leap_shared and never each other"]
-        contracts += ["type = independence", "modules =", *(f"    {m}" for m in leaves)]
+        contracts += ["[importlinter:contract:apart]\nname = packages never know each other\ntype = independence"]
+        contracts += [f"modules =\n    {packages}"]
     config = Path(session.create_tmp()) / "importlinter.ini"
     config.write_text("\n".join(contracts) + "\n")
     session.run("lint-imports", "--no-cache", "--config", str(config))
@@ -155,7 +161,7 @@ def build(session: nox.Session) -> None:
     session.run("check-wheel-contents", *map(str, sorted(DIST.glob("*.whl"))))
 
 
-@nox.session
+@nox.session(default=False)
 def wheels(session: nox.Session) -> None:
     """Build everything, then use each wheel in a clean environment that holds only dist/ and the index."""
     build(session)
@@ -176,14 +182,14 @@ def wheels(session: nox.Session) -> None:
         session.run(script, *smoke, external=True)
 
 
-@nox.session
+@nox.session(default=False)
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error."""
     session.install(*editable(*PACKAGES), *group("docs"))
     session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html", *session.posargs)
 
 
-@nox.session
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Run every package's headline experiment and join them in report/index.html; `-- NAME` picks packages."""
     names = session.posargs or [name for name in PACKAGES if has_demo(name)]
@@ -193,7 +199,7 @@ def demo(session: nox.Session) -> None:
     session.run("leap-shared", "report", *(str(REPORT / name) for name in names), "--out", str(REPORT))
 
 
-@nox.session
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure every package beside its peers and write benchmarks/results; `-- NAME` picks packages."""
     names = session.posargs or [name for name in PACKAGES if name != "shared"]
@@ -202,17 +208,15 @@ def bench(session: nox.Session) -> None:
         session.run(f"leap-{name}", "bench", "--out", str(PACKAGES[name] / "benchmarks" / "results"))
 
 
-@nox.session
+@nox.session(default=False)
 def audit(session: nox.Session) -> None:
     """Look for unsafe code (bandit) and for known vulnerabilities in what the packages install (pip-audit)."""
     session.install(*editable(*PACKAGES), *group("audit"))
     session.run("bandit", "-q", "-c", "pyproject.toml", "-r", *sources())
     found = Path(session.create_tmp()) / "audit.json"
     found.unlink(missing_ok=True)
-    session.run(
-        "pip-audit", "--local", "--skip-editable", "--progress-spinner", "off", "--format", "json", "--output", str(found),
-        silent=True, success_codes=range(256),
-    )  # fmt: skip
+    command = ["pip-audit", "--local", "--skip-editable", "--progress-spinner", "off", "--format", "json"]
+    session.run(*command, "--output", str(found), silent=True, success_codes=range(256))
     if not found.exists():
         session.log("pip-audit: the vulnerability database is not reachable from here; nothing was looked up.")
         return
@@ -223,16 +227,20 @@ def audit(session: nox.Session) -> None:
         session.error(f"{len(hits)} packages have known vulnerabilities")
 
 
-@nox.session
+@nox.session(default=False)
 def release_check(session: nox.Session) -> None:
     """Check that tag, version, changelog and dependency range agree; `-- TAG` for one release, else all."""
     session.install(*group("tools"))
     session.run("python", "tools/release_check.py", *session.posargs)
 
 
-@nox.session(python=False)
+@nox.session(python=False, default=False)
 def new(session: nox.Session) -> None:
     """Start a package from the template: `nox -s new -- NAME`."""
     if len(session.posargs) != 1 or not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", session.posargs[0]):
         session.error("give one name in lower case, words joined by '-': nox -s new -- crossmodal-adapter")
     session.run(sys.executable, "tools/new_package.py", session.posargs[0])
+
+
+if __name__ == "__main__":
+    nox.main()

@@ -28,7 +28,9 @@ class Report(Command):
         from leap_shared.experiment import join
 
         if not self.folders:
-            raise UserError("no folder given: name the folders that demos wrote, as in `leap-shared report report/oper`")
+            raise UserError(
+                "no folder given: name the folders that demos wrote, as in `leap-shared report report/oper`"
+            )
         return {"report": str(join(self.folders, context.out))}
 
 
