@@ -25,7 +25,7 @@ class Estimate:
 
 @cache
 def t_quantile(degrees: float, confidence: float = 0.95) -> float:
-    """The t with P(|T| < t) = `confidence` for Student's T of `degrees` >= 1 degrees of freedom.
+    """The t with P(`|T|` < t) = `confidence` for Student's T of `degrees` >= 1 degrees of freedom.
 
     With T = sqrt(degrees) tan(angle) the density is cos(angle)^(degrees - 1) up to a constant that the gamma function
     gives; Gauss-Legendre integrates it and bisection inverts it, to better than 1e-8.
