@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import os
 import pickle
+import re
 import subprocess
+import tempfile
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,36 +74,78 @@ def test_safetensors_round_trip_keeps_every_bit_and_copes_with_shared_and_stride
     assert same(checkpoints.read(tmp_path / "w.safetensors"), state)
 
 
-def test_pickle_bomb_is_refused_and_never_goes_off(tmp_path: Path) -> None:
-    for name, bomb in (("system", Bomb(tmp_path / "boom")), ("check_call", Call(tmp_path / "boom"))):
-        torch.save({"model": {"w": torch.zeros(1)}, "config": bomb}, tmp_path / name)
-        with pytest.raises(UserError, match="refused"):
-            checkpoints.read(tmp_path / name)
-        with pytest.raises(UserError):
-            checkpoints.read(tmp_path / name, skip_foreign=True)
-    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
-    with pytest.raises(UserError):
-        checkpoints.read(tmp_path / "bare.pth")
+class Colour(enum.Enum):
+    """A class whose instances are made by calling it."""
+
+    RED = 1
+
+
+def pickle_bomb(tmp_path: Path, kind: type, legacy: bool) -> Path:
+    content = {"model": {"w": torch.ones(1)}, "config": kind(tmp_path / "boom")}
+    torch.save(content, tmp_path / "bomb.pth", _use_new_zipfile_serialization=not legacy)
+    return tmp_path / "bomb.pth"
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("skip_foreign", [False, True])
+def test_call_of_os_system_is_refused_in_both_modes(tmp_path: Path, legacy: bool, skip_foreign: bool) -> None:
+    with pytest.raises(UserError, match=r"running code of (os|posix)\.system, which is refused") as refused:
+        checkpoints.read(pickle_bomb(tmp_path, Bomb, legacy), skip_foreign=skip_foreign)
+    assert ("pass skip_foreign" in str(refused.value)) is (not skip_foreign)
     assert not (tmp_path / "boom").exists()
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_call_of_another_function_is_refused_or_made_inert(tmp_path: Path, legacy: bool) -> None:
+    path = pickle_bomb(tmp_path, Call, legacy)
+    with pytest.raises(UserError, match=r"running code of \S+\.check_call, which is refused"):
+        checkpoints.read(path)
+    content = checkpoints.read(path, skip_foreign=True)
+    assert content["config"] == {}
+    assert content["model"]["w"] == 1
+    assert not (tmp_path / "boom").exists()
+
+
+def test_bare_pickle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    for skip_foreign in (False, True):
+        with pytest.raises(UserError):
+            checkpoints.read(tmp_path / "bare.pth", skip_foreign=skip_foreign)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
 def test_config_class_is_refused_by_name_or_left_out_on_request(
-    tmp_path: Path, state: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, state: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture, legacy: bool
 ) -> None:
     config = Config(lr=0.1)
     config.extra = 1  # type: ignore[attr-defined]  # an attribute makes pickle call __setstate__
-    torch.save(
-        {"model": state, "config": config, "args": argparse.Namespace(a=1), "best": np.float64(81.5)},
-        tmp_path / "w.pth",
-    )
-    with pytest.raises(UserError, match=r"running code of .*(Config|Namespace).* refused.*skip_foreign"):
+    args = argparse.Namespace(a=1, out=Path("runs"), colour=Colour.RED)
+    content = {"config": config, "model": state, "args": args, "best": np.float64(81.5)}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=r"running code of \S+\.Config, which is refused.*skip_foreign=True"):
         checkpoints.read(tmp_path / "w.pth")
-    content = checkpoints.read(tmp_path / "w.pth", skip_foreign=True)
-    assert same(content["model"], state)
-    assert content["config"]["lr"] == 0.1
-    assert type(content["config"]) is not Config
-    assert content["best"] == 81.5
-    assert "argparse.Namespace" in caplog.text
+    found = checkpoints.read(tmp_path / "w.pth", skip_foreign=True)
+    assert same(found["model"], state)
+    assert (type(found["config"]), found["config"]["lr"], vars(found["config"])["extra"]) == (OrderedDict, 0.1, 1)
+    assert vars(found["args"])["a"] == 1
+    assert found["best"] == 81.5
+    assert all(name in caplog.text for name in ("argparse.Namespace", "Config", "Path", "Colour"))
+
+
+def test_what_one_reading_skipped_is_refused_again_by_the_next(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(1)}, "args": argparse.Namespace(a=1)}, tmp_path / "w.pth")
+    before = set(torch.serialization.get_safe_globals())
+    checkpoints.read(tmp_path / "w.pth", skip_foreign=True)
+    assert set(torch.serialization.get_safe_globals()) == before
+    with pytest.raises(UserError, match=r"argparse\.Namespace"):
+        checkpoints.read(tmp_path / "w.pth")
+
+
+def test_file_that_no_stand_in_can_serve_names_the_code_it_wants(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(1)}, "choices": {Colour.RED}}, tmp_path / "w.pth")  # the stand-in has no hash
+    with pytest.raises(UserError, match=r"code of \S+\.Colour, which is refused.* \(unhashable"):
+        checkpoints.read(tmp_path / "w.pth", skip_foreign=True)
 
 
 @pytest.mark.parametrize(
@@ -117,18 +164,68 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes,
         checkpoints.read(tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_truncated_file_is_one_clear_error(tmp_path: Path, state: dict[str, torch.Tensor], suffix: str) -> None:
-    path = tmp_path / f"w{suffix}"
-    if suffix == ".pth":
-        torch.save(state, path)
-    else:
-        checkpoints.write_safetensors(path, state)
-    data = path.read_bytes()
-    for size in (10, len(data) // 2, len(data) - 5):
-        path.write_bytes(data[:size])
-        with pytest.raises(UserError, match="not a whole"):
+def sample_files() -> dict[str, bytes]:
+    """One small checkpoint in each format."""
+    state = {"a.weight": torch.ones(3, 2), "b": torch.zeros(4, dtype=torch.bfloat16)}
+    content = {"model": state, "args": argparse.Namespace(lr=0.1), "best": np.float64(3)}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder, name) for name in ("zip.pth", "legacy.pth", "w.safetensors")}
+        torch.save(content, paths["zip.pth"])
+        torch.save(content, paths["legacy.pth"], _use_new_zipfile_serialization=False)
+        checkpoints.write_safetensors(paths["w.safetensors"], state)
+        return {name: path.read_bytes() for name, path in paths.items()}
+
+
+SAMPLES = sample_files()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_truncated_file_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for size in (1, 10, len(SAMPLES[name]) // 2, len(SAMPLES[name]) - 5):
+        path.write_bytes(SAMPLES[name][:size])
+        with pytest.raises(UserError) as refused:
             checkpoints.read(path)
+        assert "\n" not in str(refused.value)
+
+
+@given(st.sampled_from(sorted(SAMPLES)), st.integers(0), st.binary(max_size=8), st.integers(0, 8), st.booleans())
+def test_damaged_file_is_read_or_refused_in_one_line(
+    name: str, place: int, inserted: bytes, removed: int, skip_foreign: bool
+) -> None:
+    data = SAMPLES[name]
+    place %= len(data)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "w")
+        path.write_bytes(data[:place] + inserted + data[place + removed :])
+        complaint = ""
+        try:
+            checkpoints.read(path, skip_foreign=skip_foreign)
+        except UserError as error:
+            complaint = str(error)
+        assert "\n" not in complaint
+
+
+def test_torchscript_program_is_refused_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    path.write_bytes(SAMPLES["zip.pth"])
+    with zipfile.ZipFile(path, "a") as archive:  # torch knows a program by this entry
+        archive.writestr(archive.namelist()[0].replace("data.pkl", "constants.pkl"), b"")
+    for skip_foreign in (False, True):
+        with pytest.raises(UserError, match="running code of TorchScript, which is refused"):
+            checkpoints.read(path, skip_foreign=skip_foreign)
+
+
+def test_format_is_told_by_the_content_and_not_by_the_name(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(SAMPLES["w.safetensors"])
+    (tmp_path / "w.safetensors").write_bytes(SAMPLES["zip.pth"])
+    assert checkpoints.read(tmp_path / "w.bin").keys() == {"a.weight", "b"}
+    assert checkpoints.read(tmp_path / "w.safetensors", skip_foreign=True)["best"] == 3
+
+
+def test_tensors_go_where_map_location_says(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    torch.save(state, tmp_path / "w.pth")
+    assert checkpoints.read(tmp_path / "w.pth", map_location="meta")["a.bias"].device.type == "meta"
 
 
 def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
@@ -157,6 +254,18 @@ def test_envelopes_and_wrapper_prefixes_are_taken_off(state: dict[str, torch.Ten
         checkpoints.unwrap({"model": state}, ema=True)
     with pytest.raises(UserError, match="its entries: epoch"):
         checkpoints.unwrap({"epoch": 3})
+    with pytest.raises(UserError, match="it is a list"):
+        checkpoints.unwrap([state])
+
+
+def test_envelope_without_tensors_is_passed_over_for_one_that_has_them(state: dict[str, torch.Tensor]) -> None:
+    assert same(checkpoints.unwrap({"model": {"name": "swin"}, "state_dict": state}), state)
+
+
+def test_envelope_that_holds_itself_ends(state: dict[str, torch.Tensor]) -> None:
+    content: dict[str, Any] = {"w": state["a.bias"]}
+    content["model"] = content
+    assert same(checkpoints.unwrap(content), {"w": state["a.bias"]})
 
 
 def test_rename_refuses_to_merge_two_entries() -> None:
@@ -174,6 +283,20 @@ def test_rename_with_an_empty_table_changes_nothing(state: dict[str, torch.Tenso
     assert checkpoints.rename(state, []) == state
 
 
+@given(st.lists(st.text("ab.", min_size=1, max_size=6), max_size=8, unique=True), st.text("ab.", max_size=3))
+def test_rename_keeps_every_entry_or_names_two_that_meet(names: list[str], removed: str) -> None:
+    state = {name: torch.tensor(index) for index, name in enumerate(names)}
+    wanted = [name.replace(removed, "") if removed else name for name in names]
+    table = [(re.escape(removed), "")]
+    if len(set(wanted)) == len(wanted):
+        assert {name: int(value) for name, value in checkpoints.rename(state, table).items()} == {
+            name: index for index, name in enumerate(wanted)
+        }
+    else:
+        with pytest.raises(UserError, match="would both be renamed"):
+            checkpoints.rename(state, table)
+
+
 def test_strict_loading_names_every_misfit_and_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -187,8 +310,8 @@ def test_strict_loading_names_every_misfit_and_changes_nothing() -> None:
         checkpoints.load_into(model, state)
     for part in (
         "1 missing: 1.weight",
-        "unexpected 1.wieght: did you mean 1.weight?",
-        "0.weight is (3, 5) in the file",
+        "1 unexpected: 1.wieght (did you mean 1.weight?)",
+        "1 mis-shaped: 0.weight is (3, 5) in the file, (3, 4) in the model",
     ):
         assert part in str(refused.value)
     assert same(dict(model.state_dict()), before)
@@ -206,3 +329,12 @@ def test_fitting_state_is_loaded_whole() -> None:
     assert report.fits
     assert str(report) == "everything fits"
     assert same(dict(one.state_dict()), dict(other.state_dict()))
+
+
+def test_many_misfits_are_counted_and_not_all_listed() -> None:
+    names = tuple(f"layers.{index}.weight" for index in range(300))
+    shapes = tuple((name, (1,), (2,)) for name in names)
+    text = str(checkpoints.Report(missing=names, unexpected=("zzz",) * 300, mis_shaped=shapes))
+    assert len(text) < 600
+    assert "300 missing: layers.0.weight" in text
+    assert text.count("and 295 more") == 3

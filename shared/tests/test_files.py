@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import resource
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,30 @@ def test_disk_filling_up_in_mid_write_is_one_clear_error(tmp_path: Path) -> None
 def test_missing_folder_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent.*No such file"):
         files.write_text(tmp_path / "absent" / "a.txt", "")
+
+
+def test_file_in_place_of_the_folder_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Not a directory"):
+        files.write_text(tmp_path / "file" / "a.txt", "")
+
+
+def test_folder_that_cannot_be_synced_keeps_the_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def refuse_folders(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    files.write_text(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_checksum_of_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read .*absent"):
+        files.sha256(tmp_path / "absent")
 
 
 def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:

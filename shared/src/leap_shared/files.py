@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -43,16 +44,20 @@ def atomic_writer(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     except OSError as error:
         raise _refusal(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stopped the writing may stop this too, and is the better message
+            part.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; Windows offers no such call and needs none."""
+    """Make a rename durable; Windows and some network file systems offer no such call."""
     if os.name == "nt":
         return
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(number)
 
@@ -69,11 +74,18 @@ def write_json(path: Path, value: object) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
+    """Hexadecimal SHA-256 of a file's content.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. Give the path of a file that you may read") from error
     return digest.hexdigest()
 
 

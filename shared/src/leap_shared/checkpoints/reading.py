@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from leap_shared import files
-from leap_shared.errors import UserError, did_you_mean
+from leap_shared.errors import UserError
 
 __all__ = ["Report", "load_into", "read", "rename", "unwrap", "write_safetensors"]
 
@@ -33,29 +34,44 @@ MAGIC = {
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
     b"version https://git-lfs": "a git-lfs pointer: fetch the real file with `git lfs pull`",
-    b"<!DOCTYPE": "an HTML page: the download probably failed",
+    b"<!doctype": "an HTML page: the download probably failed",
     b"<html": "an HTML page: the download probably failed",
     b"\x1f\x8b": "a gzip archive: unpack it first",
 }
-
-
 SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number from its bytes
-PLAIN_DATA = [
+DTYPES: list[type] = [np.dtype, *(type(np.dtype(letter)) for letter in "?bhilqBHILQefd")]
+PLAIN_DATA: list[Any] = [
     *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    np.dtype,
-    *(type(np.dtype(letter)) for letter in "?bhilqBHILQefd"),
+    *((kind, f"{kind.__module__}.{kind.__name__}") for kind in DTYPES),
 ]
 
 
-def read(path: Path | str, *, sha256: str | None = None, device: str = "cpu", skip_foreign: bool = False) -> Any:
+class StandIn:
+    """Takes the place of a foreign class or function: whatever it is called with, it makes an empty dictionary.
+
+    torch's reader fills items and attributes into no other mapping than a true OrderedDict, hence not a subclass.
+    """
+
+    def __new__(cls, *_: object, **__: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]  # makes no StandIn
+        """Make an empty dictionary."""
+        return OrderedDict()
+
+
+def read(
+    path: Path | str,
+    *,
+    sha256: str | None = None,
+    map_location: str | torch.device = "cpu",
+    skip_foreign: bool = False,
+) -> Any:
     """Content of a .safetensors or torch file; nothing in the file is ever executed.
 
     Args:
         path: the file.
         sha256: refuse the file unless its SHA-256 is this.
-        device: where the tensors go.
+        map_location: where the tensors go.
         skip_foreign: put an inert dictionary in place of every object whose class is not plain data (a config, say),
-            instead of refusing the file.
+            instead of refusing the file; its items and attributes (`vars`) are kept. What was skipped is logged.
 
     Raises:
         UserError: the file is missing, damaged, of another type, of another checksum, or needs code to be unpickled.
@@ -64,15 +80,15 @@ def read(path: Path | str, *, sha256: str | None = None, device: str = "cpu", sk
     head = _head(path)
     if sha256 is not None and (found := files.sha256(path)) != sha256.lower():
         raise UserError(f"{path} has the sha256 {found}, expected {sha256.lower()}: download it again")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path, device=device)
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from error
     for magic, kind in MAGIC.items():
-        if head.startswith(magic):
+        if head.lower().startswith(magic.lower()):
             raise UserError(f"{path} is no checkpoint but {kind}")
-    return _read_torch(path, device, skip_foreign)
+    if head[8:9] == b"{":
+        try:
+            return load_file(path, device=str(map_location))
+        except Exception as error:
+            raise UserError(f"{path} is not a whole safetensors file: download it again ({error})") from error
+    return _read_torch(path, map_location, skip_foreign)
 
 
 def _head(path: Path) -> bytes:
@@ -80,36 +96,53 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}. Give the path of a file") from error
     if not head:
         raise UserError(f"{path} is empty: download it again")
     return head
 
 
-def _read_torch(path: Path, device: str, skip_foreign: bool) -> Any:
-    allowed: list[Any] = list(PLAIN_DATA)
+def _read_torch(path: Path, map_location: str | torch.device, skip_foreign: bool) -> Any:
+    foreign: list[str] = []
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            if skip_foreign and zipfile.is_zipfile(path):
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                torch.serialization.add_safe_globals([(OrderedDict, name) for name in names])
-                if names:
-                    log.warning("%s: only the plain data of %s is read, no code", path, ", ".join(sorted(names)))
-            return torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN_DATA):
+            warnings.filterwarnings("ignore", message=r"Detected pickle protocol|.*TorchScript archive")
+            if skip_foreign:
+                foreign = _foreign(path)
+            with torch.serialization.safe_globals([(StandIn, name) for name in foreign]), path.open("rb") as file:
+                content = torch.load(file, map_location=map_location, weights_only=True)
+    except Exception as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        code = wanted[1] if wanted else ", ".join(foreign)
+        if "torchscript" in str(error).lower():
+            code = "TorchScript"
+        if code:
+            way = "" if foreign or not wanted else ", or pass skip_foreign=True to leave such objects out"
             raise UserError(
-                f"{path} can only be read by running code of {wanted[1].rstrip('.')}, which is refused: ask its author "
-                "for a file of plain tensors, or pass skip_foreign=True to read the tensors and leave such objects out"
+                f"{path} can only be read by running code of {code}, which is refused: "
+                f"ask its author for a file of plain tensors{way} ({_reason(error)})"
             ) from error
-        raise UserError(f"{path} is not a whole torch file: download it again ({_first_line(error)})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is not a whole torch file: download it again ({_first_line(error)})") from error
+        raise UserError(f"{path} is not a whole torch file: download it again ({_reason(error)})") from error
+    if foreign:
+        log.warning("%s: skipped the code of %s, kept its plain data", path, ", ".join(foreign))
+    return content
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _foreign(path: Path) -> list[str]:
+    """Classes and functions that a torch file asks for and torch does not trust."""
+    if zipfile.is_zipfile(path):
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    with path.open("rb") as file:  # before torch 1.6: four pickles (magic number, protocol, system, content), then data
+        steps = [step for _ in range(4) for step in pickletools.genops(file)]
+    names = {str(argument).replace(" ", ".") for code, argument, _ in steps if code.name == "GLOBAL"}
+    trusted = {name for _, name in PLAIN_DATA}
+    return sorted(name for name in names - trusted if not name.startswith(("torch.", "collections.")))
+
+
+def _reason(error: Exception) -> str:
+    """The telling sentence of torch's many lines."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return next(iter(text.splitlines()), type(error).__name__).partition(". ")[0]
 
 
 def unwrap(content: Any, *, ema: bool = False) -> dict[str, Tensor]:
@@ -123,16 +156,11 @@ def unwrap(content: Any, *, ema: bool = False) -> dict[str, Tensor]:
         UserError: there is no state dict inside, or no moving average where one was asked for.
     """
     if ema:
-        keys = [key for key in EMA_ENVELOPES if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
+        keys = [key for key in EMA_ENVELOPES if isinstance(content, Mapping) and _tensors(content.get(key))]
         if not keys:
             raise UserError(f"the checkpoint holds no moving average ({_entries(content)}): leave ema out")
         content = content[keys[0]]
-    while isinstance(content, Mapping):
-        inner = [key for key in ENVELOPES if isinstance(content.get(key), Mapping)]
-        if not inner:
-            break
-        content = content[inner[0]]
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    state = _tensors(content)
     if not state:
         raise UserError(f"the checkpoint holds no tensors ({_entries(content)}): expected a state dict")
     for prefix in WRAPPER_PREFIXES * 2:
@@ -141,10 +169,21 @@ def unwrap(content: Any, *, ema: bool = False) -> dict[str, Tensor]:
     return state
 
 
+def _tensors(content: Any, levels: int = 4) -> dict[str, Tensor]:
+    """Tensors of the first envelope that holds some, however nested, or else of `content` itself."""
+    if not isinstance(content, Mapping):
+        return {}
+    for key in ENVELOPES if levels else ():
+        if inner := _tensors(content.get(key), levels - 1):
+            return inner
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
 def _entries(content: Any) -> str:
     if not isinstance(content, Mapping):
         return f"it is a {type(content).__name__}"
-    return f"its entries: {_some(content)}" if content else "it is empty"
+    names = [str(name) for name in content]
+    return f"its entries: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "it is empty"
 
 
 def rename(state: Mapping[str, Tensor], table: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
@@ -180,23 +219,21 @@ class Report:
         return not (self.missing or self.unexpected or self.mis_shaped)
 
     def __str__(self) -> str:
-        """One line per kind of misfit."""
-        lines = []
-        if self.missing:
-            lines.append(f"{len(self.missing)} missing: {_some(self.missing)}")
-        near = {name: did_you_mean(name, self.missing) for name in self.unexpected[:5]}
-        lines += [f"unexpected {name}: {text}".rstrip(": ") for name, text in near.items()]
-        if len(self.unexpected) > 5:
-            lines.append(f"{len(self.unexpected)} unexpected in all")
-        lines += [f"{name} is {given} in the file, {own} in the model" for name, given, own in self.mis_shaped[:5]]
-        if len(self.mis_shaped) > 5:
-            lines.append(f"{len(self.mis_shaped)} mis-shaped in all")
-        return "; ".join(lines) or "everything fits"
+        """One clause per kind of misfit: how many, the first names, and the missing name nearest to an unexpected."""
+        near = [(name, difflib.get_close_matches(name, self.missing, n=1)) for name in self.unexpected[:5]]
+        guesses = [f"{name} (did you mean {found[0]}?)" if found else name for name, found in near]
+        shapes = [f"{name} is {given} in the file, {own} in the model" for name, given, own in self.mis_shaped[:5]]
+        clauses = (
+            _clause("missing", self.missing[:5], len(self.missing)),
+            _clause("unexpected", guesses, len(self.unexpected)),
+            _clause("mis-shaped", shapes, len(self.mis_shaped)),
+        )
+        return "; ".join(clause for clause in clauses if clause) or "everything fits"
 
 
-def _some(names: Iterable[Any], limit: int = 5) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _clause(kind: str, shown: Sequence[str], count: int) -> str:
+    more = f" and {count - len(shown)} more" if count > len(shown) else ""
+    return f"{count} {kind}: {', '.join(shown)}{more}" if count else ""
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> Report:
@@ -223,7 +260,11 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = T
 
 
 def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically; shared and strided ones are written out in full."""
+    """Write tensors as safetensors, atomically; shared and strided ones are written out in full.
+
+    Raises:
+        UserError: the disk is full, or the folder is missing or not writable; the former file stays as it was.
+    """
     whole = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     with files.atomic_writer(path) as file:
         file.write(save(whole, dict(metadata) if metadata else None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import logging
@@ -52,10 +53,15 @@ class CheckpointFolder:
                 global generators of Python, NumPy, torch and CUDA are always saved too.
 
         Raises:
-            UserError: the disk is full, the folder is not writable or in use, or an object cannot be saved.
+            UserError: the disk is full, the folder is not writable or in use or holds a later step, or an object cannot
+                be saved.
         """
         if self._lock is None:
             self._open()
+        later = [path for path in self._newest_first() if _step(path) > step]
+        for path in later:
+            if _whole(path):
+                raise UserError(f"{path} is later than step {step}: restore it first, or give another --out")
         buffer = io.BytesIO()
         content = {name: _capture(value, name) for name, value in objects.items()}
         torch.save({"step": step, "objects": content, GLOBAL_RNG: _encode(_global_rng(), GLOBAL_RNG)}, buffer)
@@ -63,14 +69,15 @@ class CheckpointFolder:
         target = self.path / f"step-{step:012d}-{hashlib.sha256(payload).hexdigest()[:16]}.pt"
         with files.atomic_writer(target) as file:
             file.write(payload)
-        for old in [path for path in self._newest_first() if path != target][self.keep - 1 :]:
-            old.unlink(missing_ok=True)
+        older = [path for path in self._newest_first() if path != target and path not in later]
+        for path in [*older[self.keep - 1 :], *later]:  # the later ones are damaged
+            path.unlink(missing_ok=True)
         return target
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose checksum is right; None where there is none."""
         for path in self._newest_first():
-            if files.sha256(path).startswith(path.stem.rpartition("-")[2]):
+            if _whole(path):
                 return path
             log.warning("%s is damaged: going back to the checkpoint before it", path)
         return None
@@ -107,7 +114,7 @@ class CheckpointFolder:
         if not self.path.is_dir():
             return []
         found = [path for path in self.path.iterdir() if NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (path.name.split("-")[1], path.stat().st_mtime_ns), reverse=True)
+        return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
 
     def _open(self) -> None:
         """Take the folder for this process and sweep out what killed processes left half-written."""
@@ -119,11 +126,21 @@ class CheckpointFolder:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                os.close(lock)
-                raise UserError(f"another run saves its checkpoints in {self.path}: give another --out") from error
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    os.close(lock)
+                    raise UserError(f"another run saves its checkpoints in {self.path}: give another --out") from error
+                log.warning("%s cannot be locked: do not let two runs save there", self.path)
             self._lock = lock
         for leftover in self.path.glob(f".step-*{files.TEMPORARY_SUFFIX}"):
             leftover.unlink(missing_ok=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def _whole(path: Path) -> bool:
+    return files.sha256(path).startswith(path.stem.rpartition("-")[2])
 
 
 def check_finite(loss: float | Tensor, step: int, folder: CheckpointFolder | None = None) -> None:
@@ -132,7 +149,7 @@ def check_finite(loss: float | Tensor, step: int, folder: CheckpointFolder | Non
     Raises:
         UserError: naming the step, and the last good checkpoint where there is one.
     """
-    value = float(loss)
+    value = float(loss.detach() if isinstance(loss, Tensor) else loss)
     if math.isfinite(value):
         return
     last = folder.latest() if folder is not None else None
@@ -158,11 +175,13 @@ def _restore(own: Any, saved: Any, name: str) -> Any:
         elif hasattr(own, "load_state_dict"):
             own.load_state_dict(saved)
         elif isinstance(own, Tensor):
+            if not isinstance(saved, Tensor) or (own.shape, own.dtype) != (saved.shape, saved.dtype):
+                raise ValueError(f"expected {own.dtype} of shape {tuple(own.shape)}")
             with torch.no_grad():
                 own.copy_(saved)
         else:
             return saved
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name} does not fit this run of other settings: {' '.join(str(error).split())}") from error
     return own
 
@@ -178,11 +197,13 @@ def _encode(value: Any, name: str) -> Any:
     if isinstance(value, np.ndarray):
         unsigned = value.dtype.kind == "u" and value.dtype.itemsize > 1
         plain = value.view(f"i{value.dtype.itemsize}") if unsigned else value
-        return {ARRAY: torch.from_numpy(plain.copy()), "dtype": str(value.dtype)}
+        if value.dtype.kind in "biufc":
+            return {ARRAY: torch.from_numpy(plain.copy()), "dtype": str(value.dtype)}
     if isinstance(value, Mapping):
         return {_encode(key, name): _encode(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([_encode(item, f"{name}[{i}]") for i, item in enumerate(value)])
+        kind = list if isinstance(value, list) else tuple
+        return kind([_encode(item, f"{name}[{i}]") for i, item in enumerate(value)])
     raise UserError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: give its state as plain data")
 
 
@@ -206,5 +227,7 @@ def _set_global_rng(states: Mapping[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])  # noqa: NPY002 - other people's code draws from it
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count() and states["cuda"]:
+    if len(states["cuda"]) != (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        log.warning("this machine has another number of GPUs: their random numbers start anew")
+    elif states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])
