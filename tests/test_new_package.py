@@ -27,7 +27,8 @@ def test_new_package_has_the_same_rooms_as_the_finished_ones(root: Path) -> None
     assert create("two-words", root).returncode == 0
     made = root / "packages" / "two-words"
     for room in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "src/leap_two_words/__init__.py",
-                 "src/leap_two_words/cli.py", "src/leap_two_words/py.typed", "tests/conftest.py", "tests/test_cli.py"):  # fmt: skip
+                 "src/leap_two_words/cli.py", "src/leap_two_words/py.typed", "tests/conftest.py",
+                 "tests/test_cli.py"):  # fmt: skip
         assert (made / room).is_file(), room
 
 

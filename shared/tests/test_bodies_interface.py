@@ -293,7 +293,8 @@ def test_position_bias_is_not_decayed() -> None:
 def test_export_keeps_the_logits(make: Make) -> None:
     model = make(img_size=64).eval()
     image = torch.randn(2, 3, 64, 64)
-    program = torch.export.export(model, (image,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(model, (image,), dynamic_shapes=shapes, strict=False)
     larger = torch.randn(3, 3, 64, 64)
     assert (program.module()(larger) - model(larger)).abs().max() <= FLOAT32_ROUNDING * model(larger).abs().max()
 

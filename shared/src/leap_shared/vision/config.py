@@ -25,7 +25,7 @@ class DataConfig:
 
     A source is one of: a folder with a folder of pictures per class; webdataset shards (``shards/{000..012}.tar`` or
     ``shards/*.tar``); an ``.npz`` file with `images` (uint8, N x H x W x 3 or N x H x W) and `labels`; a folder written
-    by ``datasets.save_to_disk``; ``hf:NAME`` for a data set of the Hugging Face hub.
+    by ``datasets.save_to_disk``; ``hf:NAME`` or, pinned, ``hf:NAME@REVISION`` for a data set of the Hugging Face hub.
     """
 
     train: str

@@ -153,8 +153,11 @@ class HuggingFaceSource:
         except ModuleNotFoundError as error:
             raise UserError(f'{name} needs Hugging Face datasets: pip install "leap-shared[datasets]"') from error
         try:
-            hub = name.startswith("hf:")
-            data = datasets.load_dataset(name[3:], split=split) if hub else datasets.load_from_disk(name)
+            if name.startswith("hf:"):
+                repository, _, revision = name.removeprefix("hf:").partition("@")
+                data = datasets.load_dataset(repository, split=split, revision=revision or None)
+            else:
+                data = datasets.load_from_disk(name)
             self.data = data[split] if isinstance(data, datasets.DatasetDict) else data
         except (OSError, KeyError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
