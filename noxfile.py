@@ -10,7 +10,6 @@ Environments are reused, interpreters are never downloaded, and a missing interp
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ ROOT = Path(__file__).parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 EXTRAS = "[vision,datasets,rl,report]"
 DIST = ROOT / "dist"
-REPORT = ROOT / "report"
+REPORT = "report"  # relative, for it stands in what demos write
 
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -67,9 +66,22 @@ def sources() -> list[str]:
     return [str(folder / "src") for folder in PACKAGES.values()]
 
 
-def has_demo(name: str) -> bool:
-    """Whether the package has its headline experiment."""
-    return (PACKAGES[name] / "src" / MODULES[name] / "demo.py").exists()
+def having(room: str) -> list[str]:
+    """Names of the packages with a module, as `demo` or `benchmark`."""
+    return [name for name, folder in PACKAGES.items() if (folder / "src" / MODULES[name] / f"{room}.py").exists()]
+
+
+def pick(session: nox.Session, room: str, *flags: str) -> list[str]:
+    """Packages named among the session's arguments, which may hold the flags too, or all that have the room."""
+    names = [argument for argument in session.posargs if argument not in flags]
+    if strangers := [name for name in names if name not in having(room)]:
+        session.error(f"no {room} in {', '.join(strangers)}: name some of {', '.join(having(room))}")
+    return names or having(room)
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest; where markers choose the tests, a package may have none of them (exit code 5)."""
+    session.run("pytest", *arguments, *session.posargs, success_codes=[0, 5] if "-m" in session.posargs else [0])
 
 
 def pythons_for(name: str) -> Iterator[str]:
@@ -83,11 +95,11 @@ def tests(session: nox.Session, package: str) -> None:
     """Run one package's tests; `-- ARGUMENTS` go to pytest."""
     if package == "tools":
         session.install(*group("tools"))
-        session.run("pytest", "tests", *session.posargs)
+        pytest(session, "tests")
         return
     session.install(*editable(package), *group("test", PACKAGES[package]))
     session.chdir(PACKAGES[package])
-    session.run("pytest", *session.posargs)
+    pytest(session)
 
 
 def register_shortcut(package: str) -> None:
@@ -113,7 +125,7 @@ def tests_lowest(session: nox.Session, package: str) -> None:
     lowest = [*editable(package), *group("test", PACKAGES[package])]
     session.run("uv", "pip", "install", "--resolution", "lowest-direct", *lowest, silent=True)
     session.chdir(PACKAGES[package])
-    session.run("pytest", "-W", "default", *session.posargs)
+    pytest(session, "-W", "default")
 
 
 @nox.session
@@ -127,7 +139,8 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of every package with mypy --strict."""
-    session.install(*editable(*PACKAGES), *group("types"), *group("test", PACKAGES["shared"]))
+    tested = [requirement for folder in PACKAGES.values() for requirement in group("test", folder)]
+    session.install(*editable(*PACKAGES), *group("types"), *dict.fromkeys(tested))
     session.run("mypy", *sources())
 
 
@@ -178,7 +191,7 @@ def wheels(session: nox.Session) -> None:
         session.run(str(scripts / "python"), "-c", f"import {module}; print({module}.__version__)", external=True)
         script = str(scripts / f"leap-{name}")
         session.run(script, "--version", external=True)
-        smoke = ["demo", "--quick", "--out", str(work / f"smoke-{name}")] if has_demo(name) else ["info"]
+        smoke = ["demo", "--quick", "--out", str(work / f"smoke-{name}")] if name in having("demo") else ["info"]
         session.run(script, *smoke, external=True)
 
 
@@ -192,20 +205,21 @@ def docs(session: nox.Session) -> None:
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Run every package's headline experiment and join them in report/index.html; `-- NAME` picks packages."""
-    names = session.posargs or [name for name in PACKAGES if has_demo(name)]
+    names = pick(session, "demo")
     session.install(*editable(*names))
     for name in names:
-        session.run(f"leap-{name}", "demo", "--out", str(REPORT / name))
-    session.run("leap-shared", "report", *(str(REPORT / name) for name in names), "--out", str(REPORT))
+        session.run(f"leap-{name}", "demo", "--out", f"{REPORT}/{name}")
+    session.run("leap-shared", "report", *(f"{REPORT}/{name}" for name in names), "--out", REPORT)
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Measure every package beside its peers and write benchmarks/results; `-- NAME` picks packages."""
-    names = session.posargs or [name for name in PACKAGES if name != "shared"]
-    for name in names:
+    """Measure every package beside its peers into benchmarks/results; `-- --quick` elsewhere, `-- NAME` some."""
+    quick = "--quick" in session.posargs
+    for name in pick(session, "benchmark", "--quick"):
         session.install(*editable(name), *group("bench", PACKAGES[name]))
-        session.run(f"leap-{name}", "bench", "--out", str(PACKAGES[name] / "benchmarks" / "results"))
+        folder = f"{session.create_tmp()}/{name}" if quick else f"packages/{name}/benchmarks/results"
+        session.run(f"leap-{name}", "bench", "--out", folder, *(["--quick"] if quick else []))
 
 
 @nox.session(default=False)
@@ -214,18 +228,15 @@ def audit(session: nox.Session) -> None:
     session.install(*editable(*PACKAGES), *group("audit"))
     # Its findings of low severity are those of ruff's rules S, which `lint` holds to with a reason at every exception.
     session.run("bandit", "-q", "-c", "pyproject.toml", "--severity-level", "medium", "-r", *sources())
-    found = Path(session.create_tmp()) / "audit.json"
-    found.unlink(missing_ok=True)
-    command = ["pip-audit", "--local", "--skip-editable", "--progress-spinner", "off", "--format", "json"]
-    session.run(*command, "--output", str(found), silent=True, success_codes=range(256))
-    if not found.exists():
-        session.log("pip-audit: the vulnerability database is not reachable from here; nothing was looked up.")
-        return
-    hits = [package for package in json.loads(found.read_text())["dependencies"] if package.get("vulns")]
-    for hit in hits:
-        session.warn(f"{hit['name']} {hit['version']}: " + ", ".join(v["id"] for v in hit["vulns"]))
-    if hits:
-        session.error(f"{len(hits)} packages have known vulnerabilities")
+    session.run("python", "tools/audit.py")
+
+
+@nox.session(default=False)
+def review(session: nox.Session) -> None:
+    """Hold the repository and every package to the Scientific Python guide (repo-review)."""
+    session.install(*group("review"))
+    for folder in (ROOT, *PACKAGES.values()):
+        session.run("repo-review", str(folder))
 
 
 @nox.session(default=False)

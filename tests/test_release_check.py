@@ -132,5 +132,14 @@ def test_a_package_before_its_first_release_needs_no_section_until_it_is_tagged(
     assert "no section for 0.1.2" in check(root, "leap-one-v0.1.2").stderr
 
 
+def test_a_package_is_not_released_with_the_templates_address_of_the_paper(root: Path) -> None:
+    template = (TOOL.parents[1] / "templates" / "package" / "pyproject.toml").read_text()
+    paper = template.partition("[project.urls]")[2].splitlines()[1]
+    with (root / "packages" / "one" / "pyproject.toml").open("a") as file:
+        file.write(f"[project.urls]\n{paper}\n")
+    assert check(root).returncode == 0
+    assert "template's address of the paper" in check(root, "leap-one-v0.1.2").stderr
+
+
 def test_notes_without_a_tag_are_refused(root: Path) -> None:
     assert check(root, "--notes").returncode == 2

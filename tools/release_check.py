@@ -25,6 +25,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
+TEMPLATE_PAPER = "https://arxiv.org/abs/0000.00000"
 HEADING = re.compile(r"^## \[([^\]]+)\](?: - (\S+))?[ \t]*$", re.MULTILINE)
 
 
@@ -112,6 +113,8 @@ def problems_of(own: Distribution, shared: str | None, licence: str, tagged: boo
         problems.append(f"pyproject.toml names {own.project.get('name')!r}, its folder says {own.name!r}")
     if not own.project.get("description", "").strip():
         problems.append("pyproject.toml has no description")
+    if TEMPLATE_PAPER in own.project.get("urls", {}).values() and tagged:
+        problems.append("pyproject.toml still has the template's address of the paper: put in the right one")
     if text(own.folder / "LICENSE") != licence:
         problems.append("LICENSE is missing or differs from the one at the root: copy that one")
     if own.version is None:

@@ -106,12 +106,37 @@ def test_call_of_another_function_is_refused_or_made_inert(tmp_path: Path, legac
     assert not (tmp_path / "boom").exists()
 
 
-def test_bare_pickle_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
-    for skip_foreign in (False, True):
-        with pytest.raises(UserError):
-            checkpoints.read(tmp_path / "bare.pth", skip_foreign=skip_foreign)
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("skip_foreign", [False, True])
+def test_bare_pickle_is_refused_with_the_code_that_it_wants(tmp_path: Path, protocol: int, skip_foreign: bool) -> None:
+    content = [Bomb(tmp_path / "boom"), Bomb(tmp_path / "boom"), Call(tmp_path / "boom"), OrderedDict(a=1)]
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(UserError, match=r"is a bare pickle .* code of \S+, \S+, which is refused") as refused:
+        checkpoints.read(tmp_path / "bare.pth", skip_foreign=skip_foreign)
+    assert re.search(r"(os|posix)\.system,", str(refused.value))
+    assert ".check_call," in str(refused.value)
     assert not (tmp_path / "boom").exists()
+
+
+def test_truncated_bare_pickle_is_refused_with_the_code_that_it_wants(tmp_path: Path) -> None:
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps([Bomb(tmp_path / "boom"), "x" * 1000])[:-500])
+    with pytest.raises(UserError, match=r"is a bare pickle .* code of (os|posix)\.system, which is refused"):
+        checkpoints.read(tmp_path / "bare.pth")
+
+
+def test_bare_pickle_of_plain_data_is_told_from_a_torch_file(tmp_path: Path) -> None:
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps({"w": [1.0, 2.0]}))
+    with pytest.raises(UserError, match=r"is a bare pickle and no torch file: save it again with torch\.save"):
+        checkpoints.read(tmp_path / "bare.pth")
+
+
+@given(st.integers(0), st.binary(max_size=60))
+def test_safetensors_are_never_taken_for_a_pickle(length: int, data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "w.safetensors")
+        state = {"w" * (1 + length % 300): torch.tensor([*data], dtype=torch.uint8)}
+        checkpoints.write_safetensors(path, state)
+        assert same(checkpoints.read(path), state)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -155,13 +180,26 @@ def test_file_that_no_stand_in_can_serve_names_the_code_it_wants(tmp_path: Path)
         (b"<!DOCTYPE html><html>", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"", "is empty"),
-        (b"not a checkpoint at all", "not a whole torch file"),
+        (b"epoch 1\nepoch 2\n", "is no checkpoint but text"),
+        (b'{"model": {"weights": {}}}', "is no checkpoint but text"),
+        (b"\x93NUMPY\x01\x00", r"NumPy array: read it with `numpy\.load`"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"\xff\xfe\x00", "is not a whole torch file: download it again$"),
     ],
 )
 def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes, complaint: str) -> None:
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(UserError, match=complaint):
         checkpoints.read(tmp_path / "w.pth")
+
+
+def test_other_archives_are_named_for_what_they_are(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.ones(2))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("notes.txt", "hello")
+    for name, complaint in (("a.npz", "a NumPy archive"), ("a.zip", "a zip archive of other files")):
+        with pytest.raises(UserError, match=f"is no checkpoint but {complaint}"):
+            checkpoints.read(tmp_path / name)
 
 
 def sample_files() -> dict[str, bytes]:

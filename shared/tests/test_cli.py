@@ -146,11 +146,34 @@ def test_unknown_verb_names_the_known_ones(given: tuple[str, ...], capsys: pytes
     assert error.count("\n") == 1
     assert error.startswith("leap-test: error: unknown verb")
     assert "train" in error or "weights r" in error
+    assert error.endswith("(see leap-test --help)\n")
 
 
-def test_unknown_flag_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("train", "data", "--stps", "3") == 2
-    assert "--steps" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "data", "--stps", "3"), ("Unrecognized options: --stps", "--steps INT")),
+        (("train",), ("Missing", "PATH")),
+        (("train", "data", "--steps", "x"), ("--steps", "'x'")),
+        (("train", "data", "--kind", "z"), ("'z'", "--kind", "'on'")),
+        (("weights", "r", "--out"), ("Missing value", "--out")),
+    ],
+)
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_wrong_flags_are_told_in_one_line(
+    arguments: tuple[str, ...],
+    words: tuple[str, ...],
+    columns: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("leap-test: error: ")
+    assert error.count("\n") == 1
+    assert not set("│╭╮╰╯─\x1b") & set(error)
+    assert all(word in error for word in words)
 
 
 def test_users_error_is_one_line_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +232,17 @@ def test_rows_are_printed_as_a_table_that_is_not_cut(capsys: pytest.CaptureFixtu
     assert "[bold]y" in table
     assert "0.3333" in table
     assert "yes" in table
+
+
+def test_table_leaves_the_mappings_in_its_rows_to_json(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"case": "a", "details": {"rounds": 30}}]
+    output.emit(rows, as_json=False)
+    table = capsys.readouterr().out
+    assert "case" in table
+    assert "details" not in table
+    assert "30" not in table
+    output.emit(rows, as_json=True)
+    assert json.loads(capsys.readouterr().out) == rows
 
 
 def test_mapping_is_printed_as_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -423,6 +457,17 @@ def test_plain_progress_writes_a_line_each_interval(
     assert shown[0] == "run: 0/9"
     assert shown[-1] == "run: 9/9 seed 8"
     assert 3 < len(shown) < 9
+
+
+def test_last_line_of_progress_is_written_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(context.time, "monotonic", lambda: float(next(clock)))
+    run = make_context()
+    assert list(run.progress(range(2), description="step")) == [0, 1]
+    run.close()
+    assert lines_of(capsys) == ["step: 0/2", "step: 1/2", "step: 2/2"]
 
 
 def test_progress_without_total_is_ended_by_the_end_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:

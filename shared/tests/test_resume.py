@@ -220,6 +220,43 @@ def test_disk_that_fails_while_saving_keeps_the_checkpoint_before(
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+def test_weights_that_are_not_finite_are_refused_and_the_checkpoint_before_stays(
+    tmp_path: Path, bad: float, dtype: torch.dtype
+) -> None:
+    store = CheckpointFolder(tmp_path)
+    model = nn.Sequential(nn.Linear(2, 2, dtype=dtype))
+    objects: dict[str, Any] = {"model": model, "averages": [torch.zeros(2)]}
+    with torch.no_grad():
+        model[0].bias[1] = bad
+    with pytest.raises(UserError, match=r"^model\.0\.bias is not finite at step 1, no checkpoint was saved before it"):
+        store.save(1, objects)
+    with torch.no_grad():
+        model[0].bias[1] = 0
+    kept = store.save(1, objects)
+    objects["averages"][0][0] = bad
+    with pytest.raises(UserError, match=rf"^averages\[0\] is not finite at step 2, .* is .*{kept.name}"):
+        store.save(2, objects)
+    assert store.latest() == kept
+
+
+def test_eight_bit_weights_are_judged_too(tmp_path: Path) -> None:
+    store = CheckpointFolder(tmp_path)
+    store.save(1, {"x": torch.ones(2).to(torch.float8_e5m2)})
+    with pytest.raises(UserError, match="x is not finite"):
+        store.save(2, {"x": torch.tensor([1, float("inf")]).to(torch.float8_e5m2)})
+
+
+def test_arrays_and_numbers_need_not_be_finite(tmp_path: Path) -> None:
+    objects: dict[str, Any] = {"scores": np.array([1.0, np.nan]), "best": -float("inf")}
+    store = CheckpointFolder(tmp_path)
+    store.save(1, objects)
+    store.restore(objects)
+    assert objects["best"] == -float("inf")
+    assert np.isnan(objects["scores"][1])
+
+
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointFolder(tmp_path)
     store.save(1, {"x": torch.ones(1000)})

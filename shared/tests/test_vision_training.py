@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from leap_shared.vision import (
     evaluation_loader,
     open_source,
 )
+from leap_shared.vision.logs import MetricLog
 from leap_shared.vision.optimisation import parameter_groups
 
 PLAIN = AugmentationConfig(
@@ -149,6 +151,59 @@ def test_tensorboard_reads_the_logged_losses(finished):
     expected = {row["step"]: row["loss"] for row in rows(finished.out) if row["phase"] == "train"}
     assert losses == pytest.approx(expected, rel=1e-6)
     assert "validation/ema/top1" in events.Tags()["scalars"]
+
+
+def test_tensorboard_passes_over_what_a_killed_run_logged_too_far(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, stop in ((0, 5), (3, 7)):
+        log = MetricLog(tmp_path, start)
+        for step in range(start + 1, stop + 1):
+            log.write({"step": step, "phase": "train", "loss": start + 0.5})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert losses == [(step, 0.5 if step <= 3 else 3.5) for step in range(1, 8)]
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_while_logging_is_one_line_and_spoils_no_row(tmp_path, full):
+    log, written = MetricLog(tmp_path, tensorboard=full == "tensorboard"), []
+
+    def write_rows():
+        for step in range(1000):
+            log.write({"step": step, "phase": "t", "loss": 0.5})
+            written.append(step)
+
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=rf"^cannot write .*{full}: File too large\. Free some space") as refused:
+            write_rows()
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(refused.value)
+    with (tmp_path / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert len(written) > 10
+    assert steps[: len(written)] == written
+
+
+def test_a_log_that_cannot_be_written_stops_the_run_with_its_checkpoints_kept(tmp_path, monkeypatch):
+    log_row = MetricLog.write
+
+    def full(self, row):
+        if row["step"] > 4:
+            raise UserError("cannot write metrics.jsonl")
+        log_row(self, row)
+
+    monkeypatch.setattr(MetricLog, "write", full)
+    with pytest.raises(UserError, match="cannot write"):
+        trained(settings(tmp_path, save_updates=2), tmp_path / "out")
+    good = Trainer(settings(tmp_path, save_updates=2), tmp_path / "out", device="cpu", model=small())
+    assert good.checkpoints.restore({"trainer": good}) == 4
 
 
 def test_the_written_weights_score_what_the_log_says(finished):
@@ -282,7 +337,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
         extra = (model(images).sum() * 0).abs().sqrt() if next(calls) == 4 else 0
         return model(images).square().mean() + extra
 
-    with pytest.raises(UserError, match=r"step 4, the last good checkpoint is .*step-0*2-"):
+    with pytest.raises(
+        UserError, match=r"trainer\.\S+ is not finite at step 4, the last good checkpoint is .*step-0*2-"
+    ):
         trained(settings(tmp_path, save_updates=2), tmp_path / "out", loss_fn=loss)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import pickle
@@ -37,7 +38,11 @@ MAGIC = {
     b"<!doctype": "an HTML page: the download probably failed",
     b"<html": "an HTML page: the download probably failed",
     b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"\x93NUMPY": "a NumPy array: read it with `numpy.load`",
+    b"\x89HDF": "an HDF5 file",
 }
+MEANINGLESS = ("Weights only load failed", "Unsupported operand")
+LEGACY_HEAD_STEPS = 3  # of the pickle that torch files before 1.6 begin with: protocol, magic number, stop
 SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number from its bytes
 DTYPES: list[type] = [np.dtype, *(type(np.dtype(letter)) for letter in "?bhilqBHILQefd")]
 PLAIN_DATA: list[Any] = [
@@ -83,6 +88,12 @@ def read(
     for magic, kind in MAGIC.items():
         if head.lower().startswith(magic.lower()):
             raise UserError(f"{path} is no checkpoint but {kind}")
+    if zipfile.is_zipfile(path):
+        _refuse_other_archive(path)
+    elif head[8:9] != b"{":
+        _refuse_bare_pickle(path, complete=head[:1] != b"\x80")
+    if re.fullmatch(rb"[\t\n\r -~]+", head):
+        raise UserError(f"{path} is no checkpoint but text: give the file that holds the weights")
     if head[8:9] == b"{":
         try:
             return load_file(path, device=str(map_location))
@@ -100,6 +111,55 @@ def _head(path: Path) -> bytes:
     if not head:
         raise UserError(f"{path} is empty: download it again")
     return head
+
+
+def _refuse_other_archive(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError):
+        return  # damaged: torch says how
+    if names and all(name.endswith(".npy") for name in names):
+        raise UserError(f"{path} is no checkpoint but a NumPy archive: read it with `numpy.load`")
+    if not any(name.endswith("data.pkl") for name in names):
+        raise UserError(f"{path} is no checkpoint but a zip archive of other files: unpack it first")
+
+
+def _refuse_bare_pickle(path: Path, complete: bool) -> None:
+    """Refuse what `pickle.dump` wrote, with the code that it wants to run; its instructions are read, never followed.
+
+    Torch files of before 1.6 begin with a pickled number, which asks for nothing. `complete` takes only a whole pickle
+    for one, as what does not begin with a pickle's mark may be anything.
+    """
+    wanted: set[str] = set()
+    texts: list[str] = []
+    memo: dict[int, str] = {}
+    whole, count = False, 0
+    with contextlib.suppress(Exception), path.open("rb") as file:
+        for code, argument, _ in pickletools.genops(file):
+            count += 1
+            if code.name in ("GLOBAL", "INST"):
+                wanted.add(str(argument).replace(" ", "."))
+            elif code.name == "STACK_GLOBAL":
+                wanted.add(".".join(texts[-2:]))
+            elif code.name == "MEMOIZE":
+                memo[len(memo)] = texts[-1] if texts else ""
+            elif "PUT" in code.name:
+                memo[int(argument or 0)] = texts[-1] if texts else ""
+            elif "GET" in code.name:
+                texts.append(memo.get(int(argument or 0), ""))
+            elif isinstance(argument, str):
+                texts.append(argument)
+        whole = True
+    if not whole and complete:
+        return
+    if foreign := _untrusted(wanted):
+        raise UserError(
+            f"{path} is a bare pickle and can only be read by running code of {', '.join(foreign)}, which is "
+            "refused: ask its author for a file of plain tensors"
+        )
+    if whole and count > LEGACY_HEAD_STEPS:
+        raise UserError(f"{path} is a bare pickle and no torch file: save it again with torch.save")
 
 
 def _read_torch(path: Path, map_location: str | torch.device, skip_foreign: bool) -> Any:
@@ -120,9 +180,9 @@ def _read_torch(path: Path, map_location: str | torch.device, skip_foreign: bool
             way = "" if foreign or not wanted else ", or pass skip_foreign=True to leave such objects out"
             raise UserError(
                 f"{path} can only be read by running code of {code}, which is refused: "
-                f"ask its author for a file of plain tensors{way} ({_reason(error)})"
+                f"ask its author for a file of plain tensors{way}{_reason(error)}"
             ) from error
-        raise UserError(f"{path} is not a whole torch file: download it again ({_reason(error)})") from error
+        raise UserError(f"{path} is not a whole torch file: download it again{_reason(error)}") from error
     if foreign:
         log.warning("%s: skipped the code of %s, kept its plain data", path, ", ".join(foreign))
     return content
@@ -134,15 +194,21 @@ def _foreign(path: Path) -> list[str]:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     with path.open("rb") as file:  # before torch 1.6: four pickles (magic number, protocol, system, content), then data
         steps = [step for _ in range(4) for step in pickletools.genops(file)]
-    names = {str(argument).replace(" ", ".") for code, argument, _ in steps if code.name == "GLOBAL"}
+    return _untrusted({str(argument).replace(" ", ".") for code, argument, _ in steps if code.name == "GLOBAL"})
+
+
+def _untrusted(names: Iterable[str]) -> list[str]:
     trusted = {name for _, name in PLAIN_DATA}
-    return sorted(name for name in names - trusted if not name.startswith(("torch.", "collections.")))
+    return sorted(name for name in set(names) - trusted if not name.startswith(("torch.", "collections.")))
 
 
 def _reason(error: Exception) -> str:
-    """The telling sentence of torch's many lines."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    return next(iter(text.splitlines()), type(error).__name__).partition(". ")[0]
+    """The telling sentence of torch's many lines, in brackets; nothing where there is none."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2]
+    text = re.sub(r"\[enforce fail at [^]]*\][\s.:]*", "", text).strip()
+    sentence = next(iter(text.splitlines()), "").partition(". ")[0]
+    telling = re.search(r"[a-z]{2,} +[a-z]{2,}", sentence) and not sentence.startswith(MEANINGLESS)
+    return f" ({sentence})" if telling else ""
 
 
 def unwrap(content: Any, *, ema: bool = False) -> dict[str, Tensor]:

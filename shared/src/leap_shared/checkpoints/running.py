@@ -11,7 +11,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = ["CheckpointFolder", "check_finite"]
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
 ARRAY, GLOBAL_RNG = "__ndarray__", "__rng__"
+REMEDY = "lower the learning rate or clip the gradients"
 
 
 class CheckpointFolder:
@@ -54,7 +55,7 @@ class CheckpointFolder:
 
         Raises:
             UserError: the disk is full, the folder is not writable or in use or holds a later step, or an object cannot
-                be saved.
+                be saved or has a tensor that is not finite (arrays and plain numbers may be anything).
         """
         if self._lock is None:
             self._open()
@@ -64,6 +65,9 @@ class CheckpointFolder:
                 raise UserError(f"{path} is later than step {step}: restore it first, or give another --out")
         buffer = io.BytesIO()
         content = {name: _capture(value, name) for name, value in objects.items()}
+        for name, value in _tensors(content):
+            if not _is_finite(value):
+                raise UserError(f"{name} is not finite at step {step}, {self.last_good()}: {REMEDY}")
         torch.save({"step": step, "objects": content, GLOBAL_RNG: _encode(_global_rng(), GLOBAL_RNG)}, buffer)
         payload = buffer.getbuffer()
         target = self.path / f"step-{step:012d}-{hashlib.sha256(payload).hexdigest()[:16]}.pt"
@@ -81,6 +85,11 @@ class CheckpointFolder:
                 return path
             log.warning("%s is damaged: going back to the checkpoint before it", path)
         return None
+
+    def last_good(self) -> str:
+        """Clause for a complaint: where a run that has gone wrong can be taken up again."""
+        last = self.latest()
+        return f"the last good checkpoint is {last}" if last else "no checkpoint was saved before it"
 
     def restore(self, objects: MutableMapping[str, Any]) -> int | None:
         """Put everything back as it was saved and return the step; None where there is no checkpoint.
@@ -152,9 +161,27 @@ def check_finite(loss: float | Tensor, step: int, folder: CheckpointFolder | Non
     value = float(loss.detach() if isinstance(loss, Tensor) else loss)
     if math.isfinite(value):
         return
-    last = folder.latest() if folder is not None else None
-    kept = f"the last good checkpoint is {last}" if last else "no checkpoint was saved before it"
-    raise UserError(f"the loss is {value} at step {step}, {kept}: lower the learning rate or clip the gradients")
+    kept = f", {folder.last_good()}" if folder is not None else ""
+    raise UserError(f"the loss is {value} at step {step}{kept}: {REMEDY}")
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of encoded objects by their dotted names; not those that stand for arrays."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{name}[{index}]")
+    elif isinstance(value, dict) and ARRAY not in value:
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}" if name else str(key))
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not (value.is_floating_point() or value.is_complex()) or value.layout is not torch.strided:
+        return True
+    wide = value.float() if value.itemsize == 1 else value  # torch has no isfinite for eight bits
+    return bool(wide.isfinite().all())
 
 
 def _capture(value: Any, name: str) -> Any:

@@ -105,7 +105,7 @@ class App:
             sys.stdout.write(self._help(group or verbs))
             return
         given = " ".join(arguments[:2]) if group else arguments[0]
-        raise UserError(f"unknown verb {given!r}: {did_you_mean(given, group or verbs)} See {self.name} --help")
+        raise UserError(f"unknown verb {given!r}: {did_you_mean(given, group or verbs)} (see {self.name} --help)")
 
     def _run(self, verb: str, kind: type[Command], arguments: list[str]) -> None:
         command = self._parse(verb, kind, arguments)
@@ -149,7 +149,8 @@ class App:
                 if isinstance(cause, UserError):
                     raise cause from None
                 cause = cause.__context__
-            sys.stderr.write(complaint.getvalue())
+            if stop.code:
+                raise UserError(_one_line(complaint.getvalue())) from None
             raise
 
     def _help(self, verbs: dict[str, type[Command]]) -> str:
@@ -162,6 +163,14 @@ class App:
         return "\n".join(
             [*lines, "", f"{self.name} VERB --help explains one; {self.name} --version says what runs.", ""]
         )
+
+
+def _one_line(box: str) -> str:
+    """The text in the box that tyro draws around a complaint, without its title; semicolons part paragraphs."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]
+    text = " ".join(line.strip("│╭╮╰╯ ") for line in lines)
+    paragraphs = [" ".join(part.split()) for part in re.split("[─-]{8,}", text)]
+    return "; ".join(paragraph.rstrip(". ") for paragraph in paragraphs if paragraph)
 
 
 def _info_command(package: str) -> type[Command]:

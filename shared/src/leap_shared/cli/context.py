@@ -58,11 +58,12 @@ class Progress(Generic[Item]):
         """Count `n` more steps as done; `text` is shown beside them until the next one is given."""
         self._count += n
         self._text = self._text if text is None else text
+        over = self._total is not None and self._count >= self._total
         if self._task is not None:
             self._context.bars.update(self._task, advance=n, text=self._text)
-        elif time.monotonic() - self._written >= PLAIN_INTERVAL_SECONDS:
+        elif not over and time.monotonic() - self._written >= PLAIN_INTERVAL_SECONDS:
             self._write_line()
-        if self._total is not None and self._count >= self._total:
+        if over:
             self.end()
 
     def end(self) -> None:

@@ -43,14 +43,15 @@ def plain(value: Any, *, finite: bool = True) -> Any:
 
 
 def emit(result: object, *, as_json: bool) -> None:
-    """Print what a verb returned on stdout."""
+    """Print what a verb returned on stdout; a table of rows leaves mappings inside them to `as_json`."""
     values = plain(result)
     if as_json:
         sys.stdout.write(json.dumps(values, indent=2, allow_nan=False) + "\n")
     elif isinstance(values, list) and values and all(isinstance(row, dict) for row in values):
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
-        table = Table(*dict.fromkeys(key for row in values for key in row), header_style="bold")
-        for row in values:
+        flat = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in values]
+        table = Table(*dict.fromkeys(key for row in flat for key in row), header_style="bold")
+        for row in flat:
             table.add_row(*(Text(_text(row.get(str(column.header), ""))) for column in table.columns))
         with console.capture() as captured:
             console.print(table)

@@ -16,7 +16,7 @@ from typing import Any
 from leap_shared.errors import UserError
 from leap_shared.files import atomic_writer, ensure_folder, write_json, write_text
 
-__all__ = ["join", "write"]
+__all__ = ["data_uri", "join", "write"]
 
 BASELINE, METHOD, OTHER, INK = "#E69F00", "#0072B2", "#8A8F98", "#22262B"  # Okabe and Ito: safe for every colour vision
 
@@ -48,7 +48,7 @@ def write(
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command
     facts = {**facts, "command": command, "stamp": stamp()}
     write_json(folder / "section.json", facts)
-    embedded = [{"uri": _data_uri(path), "caption": text, "alt": alt} for path, text, alt in images]
+    embedded = [{"uri": data_uri(path), "caption": text, "alt": alt} for path, text, alt in images]
     html = _template("section.html").render(facts=facts, outcomes=outcomes, figures=embedded, anchor=_anchor(facts))
     write_text(folder / "section.html", html)
     return folder
@@ -79,7 +79,12 @@ def _anchor(facts: Mapping[str, Any]) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in facts["name"].lower())
 
 
-def _data_uri(path: Path) -> str:
+def data_uri(path: Path) -> str:
+    """An image as text that a page can hold.
+
+    Raises:
+        UserError: it is no image by its name, or cannot be read.
+    """
     kind = mimetypes.guess_type(path.name)[0] or ""
     if not kind.startswith("image/"):
         raise UserError(f"{path} is no image by its name: give a .png, .jpg, .gif, .webp or .svg")

@@ -264,8 +264,6 @@ class Trainer:
 
     def _save(self) -> None:
         self._flush()
-        sound = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all()
-        check_finite(0.0 if sound else float("nan"), self.update, self.checkpoints)
         if self.is_main:
             self.checkpoints.save(self.update, {"trainer": self})
         self.accelerator.wait_for_everyone()
