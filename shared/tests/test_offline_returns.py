@@ -32,6 +32,17 @@ def test_returns_are_summed_in_order_in_float32(steps: list[tuple[float, bool]])
     np.testing.assert_array_equal(episode_returns(rewards, ends), want)
 
 
+def test_episodes_of_any_length_are_summed_in_the_same_order() -> None:
+    lengths = [1, 31, 32, 33, 1, 1, 700]
+    rewards = np.random.default_rng(0).standard_normal(sum(lengths)).astype(np.float32)
+    last = np.cumsum(lengths) - 1
+    want = [
+        np.add.accumulate(rewards[stop + 1 - length : stop + 1])[-1] for stop, length in zip(last, lengths, strict=True)
+    ]
+    ends = np.isin(np.arange(len(rewards)), last)
+    np.testing.assert_array_equal(episode_returns(rewards, ends)[last], want)
+
+
 @given(STEPS, st.floats(0.1, 1.0))
 def test_return_to_go_is_the_backward_recursion(steps: list[tuple[float, bool]], discount: float) -> None:
     rewards, ends = split(steps)

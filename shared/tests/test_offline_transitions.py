@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,63 @@ def test_packed_matrix_holds_all_columns() -> None:
     packed = data.packed()
     assert packed.shape == (6, 3 + 3 + 2 + 1 + 1)
     np.testing.assert_array_equal(packed[:, -1], [1, 0, 1, 1, 1, 1])
+
+
+def test_dict_observations_are_refused_with_their_keys() -> None:
+    given = arrays(observations={"place": np.zeros((6, 2)), "goal": np.zeros((6, 2))})
+    with pytest.raises(UserError, match="observations are a Dict of place, goal: choose the keys"):
+        inspect.unwrap(Transitions.from_arrays)(Transitions, **given)  # without the checks of types in tests
+
+
+def test_larger_actions_need_their_bound() -> None:
+    given = arrays(actions=np.full((6, 2), 2.0))
+    with pytest.raises(UserError, match=r"actions reach 2, outside \[-1, 1\], in row 0: .* give max_action=2"):
+        Transitions.from_arrays(**given)
+    assert Transitions.from_arrays(**given, max_action=2.0).summary().max_action == 2.0
+
+
+def test_steps_that_are_all_timeouts_leave_nothing() -> None:
+    with pytest.raises(UserError, match="no transition is left"):
+        Transitions.from_arrays(**arrays(next_observations=None, timeouts=np.ones(6)))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=30))
+def test_successors_come_back_though_each_state_is_kept_once(rows: list[tuple[bool, bool]]) -> None:
+    states = np.random.default_rng(0).standard_normal((len(rows) + 1, 2)).astype(np.float32)
+    following, (jump, terminal) = states[1:].copy(), np.array(rows).T
+    following[jump] += 1
+    zeros = np.zeros((len(rows), 1))
+    data = Transitions.from_arrays(states[:-1], zeros, zeros, following, terminal)
+    assert len(data.jump_rows) == jump[:-1].sum() + 1
+    np.testing.assert_array_equal(data.next_observations, following)
+    np.testing.assert_array_equal(data.packed()[:, 2:4], following)
+    np.testing.assert_array_equal(data.ends, episode_ends(data.observations, following, data.terminals))
+
+
+def test_summary_tells_episodes_and_their_ends() -> None:
+    given = arrays(rewards=[1, 1, 2, 5, 0, 0], terminals=[0, 1, 0, 0, 0, 0], timeouts=[0, 0, 0, 1, 0, 0])
+    summary = Transitions.from_arrays(**given).summary()
+    assert (summary.rows, summary.episodes, summary.observation_width, summary.action_width) == (6, 3, 3, 2)
+    assert summary.returns == {"min": 0, "25%": 1, "median": 2, "75%": 4.5, "max": 7, "mean": 3}
+    assert [summary.lengths[key] for key in ("min", "max")] == [2, 2]
+    assert summary.truncated_fraction == pytest.approx(2 / 3)
+    assert summary.terminal_fraction == pytest.approx(1 / 6)
+
+
+def test_chosen_rows_keep_their_successors_and_cut_the_episodes_that_lose_rows() -> None:
+    whole = Transitions.from_arrays(
+        np.arange(6.0)[:, None], np.zeros((6, 1)), np.arange(6.0), np.arange(1.0, 7.0)[:, None], np.arange(6) == 3
+    )
+    part = whole.rows(np.array([0, 1, 3, 5]))
+    assert part.observations[:, 0].tolist() == [0, 1, 3, 5]
+    assert part.next_observations[:, 0].tolist() == [1, 2, 4, 6]
+    assert part.ends.tolist() == [False, True, True, True]
+    assert part.terminals.tolist() == [False, False, True, False]
+    with pytest.raises(UserError, match="no transition is left"):
+        whole.rows(np.array([], np.int64))
+
+
+def test_a_file_that_is_no_npz_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "hello.npz").write_text("hello")
+    with pytest.raises(UserError, match=r"it is no whole \.npz file; give one"):
+        Transitions.load(tmp_path / "hello.npz")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,15 +14,17 @@ from jaxtyping import Bool, Float, Float32
 from numpy.typing import NDArray
 
 from leap_shared.errors import UserError
+from leap_shared.offline.simulation import registered
 from leap_shared.offline.transitions import Transitions
 
-__all__ = ["Evaluation", "PointMaze", "evaluate", "generate"]
+__all__ = ["ENVIRONMENT", "REACHED", "Evaluation", "PointMaze", "Walker", "evaluate", "generate"]
 
 Cell = tuple[int, int]
 Policy = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 ENVIRONMENT = "PointMaze_Medium-v3"
 REACHED = 0.45
 POSITION_GAIN, VELOCITY_GAIN = 10.0, 1.0
+WAYPOINT_REACHED, JITTER = 0.1, 0.2
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,9 @@ class Evaluation:
 
 
 def _gymnasium() -> Any:
-    """The module gymnasium with the mazes registered; it writes a notice about unrelated hands, which is dropped."""
-    try:
-        import gymnasium
-
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            import gymnasium_robotics
-    except ImportError as error:
-        raise UserError(f'PointMaze needs {error.name}: pip install "leap-shared[rl]"') from error
+    gymnasium = registered()
     if ENVIRONMENT not in gymnasium.registry:
-        gymnasium.register_envs(gymnasium_robotics)
+        raise UserError('PointMaze needs gymnasium_robotics: pip install "leap-shared[rl]"')
     return gymnasium
 
 
@@ -157,6 +150,56 @@ class _Controller:
 
     def _random_cell(self) -> Cell:
         return self.maze.free_cells[self.random.integers(len(self.maze.free_cells))]
+
+
+class Walker:
+    """D4RL's controller for its maze2d data: from one random goal to the next on shortest ways, for ever.
+
+    The waypoints on the way are cells' middles minus U[0, 0.2) in both coordinates; a waypoint within 0.1 is reached.
+
+    Args:
+        maze: its cells, and the deviation of the noise on the actions.
+        random: draws goals, waypoints and noise.
+    """
+
+    def __init__(self, maze: PointMaze, random: np.random.Generator) -> None:
+        self.maze, self.random = maze, random
+        self._waypoints: list[list[float]] = []
+
+    @property
+    def goal(self) -> list[float]:
+        """Position that is headed for."""
+        return self._waypoints[-1]
+
+    def act(self, observation: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
+        """Action for one observation, and whether the goal was reached there (then it heads for a new one)."""
+        position, velocity = observation[:2], observation[2:]
+        while len(self._waypoints) > 1 and np.hypot(*(position - self._waypoints[0])) < WAYPOINT_REACHED:
+            self._waypoints.pop(0)
+        arrived = len(self._waypoints) == 1 and bool(np.hypot(*(position - self.goal)) < WAYPOINT_REACHED)
+        if arrived or not self._waypoints:
+            self._plan(self.maze.cell(position))
+        wanted = POSITION_GAIN * (np.asarray(self._waypoints[0]) - position) - VELOCITY_GAIN * velocity
+        action = np.clip(wanted, -1, 1) + self.maze.noise * self.random.standard_normal(2)
+        return np.clip(action, -1, 1).astype(np.float32), arrived
+
+    def _plan(self, cell: Cell) -> None:
+        others = [free for free in self.maze.free_cells if free != cell]
+        target = others[self.random.integers(len(others))]
+        following, way = _next_cells(target), [cell]
+        while way[-1] != target:
+            way.append(following[way[-1]])
+        jitter = self.random.uniform(0, JITTER, (len(way) - 2, 2))
+        between = [self.maze.centre(step) - shift for step, shift in zip(way[1:-1], jitter, strict=True)]
+        self._waypoints = [point.tolist() for point in (*between, self.maze.centre(target))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Waypoints that are left."""
+        return {"waypoints": self._waypoints}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the state was taken."""
+        self._waypoints = state["waypoints"]
 
 
 def generate(

@@ -19,6 +19,8 @@ __all__ = [
     "state_normalisation",
 ]
 
+SHORT = 32
+
 
 class NStep(NamedTuple):
     """Sum of `steps` discounted rewards, whether the episode ended in them, and the state after them."""
@@ -42,8 +44,14 @@ def episode_returns(
     last = np.flatnonzero(ends)
     last = last if len(last) and last[-1] == len(rewards) - 1 else np.append(last, len(rewards) - 1)
     first = np.append(0, last[:-1] + 1)
-    sums = [np.add.accumulate(rewards[a : b + 1])[-1] for a, b in zip(first, last, strict=True)]
-    return np.repeat(np.array(sums, dtype=np.float32), last - first + 1)
+    lengths = last - first + 1
+    sums = rewards[first]
+    for episode in np.flatnonzero(lengths > SHORT):
+        sums[episode] = np.add.accumulate(rewards[first[episode] : last[episode] + 1])[-1]
+    for step in range(1, SHORT):  # short episodes may be many: all of them take a step at once
+        going = np.flatnonzero((lengths > step) & (lengths <= SHORT))
+        sums[going] += rewards[first[going] + step]
+    return np.repeat(sums, lengths)
 
 
 def discounted_return_to_go(
