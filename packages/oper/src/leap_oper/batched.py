@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from leap_oper.samplers import AliasSampler
+from leap_oper.samplers import AliasSampler, CdfSampler, ReferenceSampler
 from leap_shared.checkpoints import CheckpointFolder
 from leap_shared.errors import UserError
 from leap_shared.offline import Transitions
 
-__all__ = ["RowTable", "RunSamplers", "restore"]
+__all__ = ["Batches", "RowTable", "restore"]
+
+SAMPLERS = ("alias", "cdf", "reference")
 
 
 class RowTable:
@@ -30,31 +32,80 @@ class RowTable:
         for key, dataset in unique.items():
             starts[key] = total
             total += len(dataset)
-        self.rows = torch.cat([columns(dataset) for dataset in unique.values()]).to(device)
-        self.first = torch.tensor([[starts[id(dataset)]] for dataset in datasets], device=device)
+        parts = [columns(dataset) for dataset in unique.values()]
+        self.rows = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device)
+        self._starts = [starts[id(dataset)] for dataset in datasets]
+        self._first = torch.tensor(self._starts, device=device)[:, None]
 
     def gather(self, indices: Int64[Tensor, "runs batch"]) -> Float[Tensor, "runs batch width"]:
         """Row indices[r, b] of run r's data set."""
-        return self.rows[self.first + indices]
+        return self.rows.index_select(0, (self._first + indices).flatten()).view(*indices.shape, -1)
+
+    def block(self, run: int, start: int, stop: int) -> Float[Tensor, "rows width"]:
+        """Rows `start` to `stop` of one run's data set; a view."""
+        first = self._starts[run]
+        return self.rows[first + start : first + stop]
 
 
-class RunSamplers:
-    """One alias sampler per run; a run's batches depend on its own seed alone."""
+class Batches:
+    """Batches of every run: uniform at first, then by weights; each run's depend on its own seed alone.
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self.device = device
-        self.samplers: list[AliasSampler] = []
+    Args:
+        rows: of each run's data.
+        seeds: one per run.
+        device: where the indices are drawn; `reference` draws on the CPU.
+        kind: alias, cdf, or reference, the stream of the authors' programs.
+        batch_size: rows of one run's batch.
 
-    def use(self, probabilities: Sequence[ArrayLike]) -> None:
-        """Draw by these from now on."""
-        self.samplers = [AliasSampler(p, self.device) for p in probabilities]
-        for sampler, generator in zip(self.samplers, self.generators, strict=True):
-            sampler.generator = generator
+    Raises:
+        UserError: `kind` is unknown or `batch_size` below 1.
+    """
 
-    def draw(self, steps: int, batch_size: int) -> Int64[Tensor, "steps runs batch"]:
+    def __init__(
+        self,
+        rows: int,
+        seeds: Sequence[int],
+        device: str | torch.device = "cpu",
+        *,
+        kind: str = "alias",
+        batch_size: int = 256,
+    ) -> None:
+        if kind not in SAMPLERS or batch_size < 1:
+            raise UserError(f"sampler {kind!r}, batch_size {batch_size}: use alias, cdf or reference; at least 1 row")
+        self.kind, self.batch_size, self.device = kind, batch_size, torch.device(device)
+        uniform = np.ones(rows)
+        make: dict[str, Callable[[int], AliasSampler | CdfSampler | ReferenceSampler]] = {
+            "alias": lambda seed: AliasSampler(uniform, self.device, seed),
+            "cdf": lambda seed: CdfSampler(uniform, self.device, seed),
+            "reference": lambda seed: ReferenceSampler(uniform, batch_size, seed),
+        }
+        self._samplers = [make[kind](seed) for seed in seeds]
+        self._uniform = True
+
+    def use(self, weights: Float[np.ndarray, "runs rows"] | None, *, fresh: bool = True) -> None:
+        """Draw by these from now on (None: uniformly); `fresh` batches are none that were drawn ahead."""
+        self._uniform = weights is None
+        for run, sampler in enumerate(self._samplers):
+            if weights is not None:
+                sampler.set_probs(weights[run])
+            state = sampler.state_dict()
+            if fresh and "ready" in state:
+                sampler.load_state_dict({**state, "ready": state["ready"][:0]})
+
+    def draw(self, steps: int) -> Int64[Tensor, "steps runs batch"]:
         """Batches of `steps` updates."""
-        return torch.stack([sampler.draw((steps, batch_size)) for sampler in self.samplers], dim=1)
+        shape = (steps, self.batch_size)
+        drawn = [sampler.draw_uniform(shape) if self._uniform else sampler.draw(shape) for sampler in self._samplers]
+        return torch.stack(drawn, dim=1).to(self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the generators; the weights belong to the caller."""
+        return {str(run): sampler.state_dict() for run, sampler in enumerate(self._samplers)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, to the same bits."""
+        for run, sampler in enumerate(self._samplers):
+            sampler.load_state_dict(state[str(run)])
 
 
 def restore(path: Path | None, objects: MutableMapping[str, Any]) -> tuple[CheckpointFolder | None, int]:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from leap_oper import figures
+from leap_oper import figures, recorded
 from leap_oper.advantages import ValueFit, iterate
 from leap_oper.bandit import bandit, iterations
-from leap_oper.behaviour_cloning import BehaviourCloning, Run
 from leap_oper.priorities import Priorities, oper_r
+from leap_oper.trainer import Trainer
 from leap_shared.cli import Context, Progress
 from leap_shared.errors import UserError
-from leap_shared.experiment import Experiment, Result
+from leap_shared.experiment import Experiment, Result, join
 from leap_shared.files import ensure_folder
 from leap_shared.offline import Evaluation, PointMaze, Transitions, evaluate, generate
 
@@ -62,6 +62,8 @@ class Settings:
     evaluation_episodes: int = 10
     curve_points: int = 4
     curve_episodes: int = 3
+    full: bool = False
+    """Whether TD3+BC and IQL are trained too, on recorded medium-replay data."""
     smoke: bool = False
     """Whether this only shows that everything runs: too small to say anything about the claim."""
 
@@ -72,7 +74,13 @@ class Settings:
     @classmethod
     def quick(cls, seed: int = 0) -> Settings:
         """About ten seconds."""
-        sizes = {"updates": 300, "value_iterations": 2, "value_updates": 40, "curve_points": 1, "curve_episodes": 1}
+        sizes: dict[str, Any] = {
+            "updates": 300,
+            "value_iterations": 2,
+            "value_updates": 40,
+            "curve_points": 1,
+            "curve_episodes": 1,
+        }
         return cls(seeds=(seed, seed + 1), episodes=16, evaluation_episodes=2, smoke=True, **sizes)
 
 
@@ -118,24 +126,35 @@ def _study(name: str, maze: PointMaze, settings: Settings, work: Path, context: 
         )
         priorities[OPER_A] = [Priorities(row[-1]) for row in weights]
     arms: Mapping[str, Sequence[Priorities | None]] = {UNIFORM: [None] * len(seeds), **priorities}
-    runs = [Run(d, s, p) for group in arms.values() for d, s, p in zip(datasets, seeds, group, strict=True)]
-    every = settings.updates // settings.curve_points
+    count, runs = len(seeds), len(seeds) * len(arms)
 
-    def run_policies(trainer: BehaviourCloning, episodes: int, progress: Any = None) -> list[Evaluation]:
+    def run_policies(trainer: Trainer, episodes: int, progress: Any = None) -> list[Evaluation]:
         starts = [10_000 + episode for episode in range(episodes)]
-        return evaluate([trainer.policy(index) for index in range(len(runs))], maze, starts, progress)
+        return evaluate([trainer.policies.policy(index) for index in range(runs)], maze, starts, progress)
 
-    def point(trainer: BehaviourCloning) -> dict[str, Any]:
+    def point(trainer: Trainer) -> dict[str, Any]:
         return {"returns": [float(e.returns.mean()) for e in run_policies(trainer, settings.curve_episodes)]}
 
-    task = context.progress(description=f"{name}: clone {len(runs)} policies at once", total=settings.updates)
-    trainer = BehaviourCloning(runs, device=context.device)
-    history = trainer.train(
-        settings.updates, every=every, out=folder / "policies", evaluate=point, progress=task.advance
+    task = context.progress(description=f"{name}: clone {runs} policies at once", total=settings.updates)
+    trainer = Trainer(
+        "bc",
+        datasets * len(arms),
+        priorities=[weights for group in arms.values() for weights in group],
+        seeds=list(seeds) * len(arms),
+        steps=settings.updates,
+        every=settings.updates // settings.curve_points,
+        evaluate=point,
+        out=folder / "policies",
+        device=str(context.device),
+        batch_size=256,
+        normalise=True,
+        policy="deterministic",
+        hidden=(128, 128),
+        learning_rate=1e-3,
     )
-    task = context.progress(description=f"{name}: run the policies", total=len(runs))
+    history = trainer.train(progress=lambda done, _: task.advance(done))
+    task = context.progress(description=f"{name}: run the policies", total=runs)
     found = run_policies(trainer, settings.evaluation_episodes, task.advance)
-    count = len(seeds)
     split = {arm: slice(i * count, (i + 1) * count) for i, arm in enumerate(arms)}
     returns = np.array([record["returns"] for record in history])
     return Study(
@@ -143,7 +162,7 @@ def _study(name: str, maze: PointMaze, settings: Settings, work: Path, context: 
         datasets,
         priorities,
         {arm: found[part] for arm, part in split.items()},
-        [record["step"] for record in history],
+        [record["update"] for record in history],
         {arm: returns[:, part] for arm, part in split.items()},
     )
 
@@ -176,13 +195,19 @@ def run(settings: Settings, context: Context) -> dict[str, Any]:
     control_result.write(out / "control")
     result.write(out, figures=_pictures(out, mixture, control, toy, found["verdict"]))
     context.log(f"{result.verdict}; the report is {out / 'section.html'}")
-    return {**result.to_json(), "control": found, "bandit": [asdict(row) for row in toy]}
+    told = {**result.to_json(), "control": found, "bandit": [asdict(row) for row in toy]}
+    if not settings.full:
+        return told
+    found_too = recorded.run(settings.seeds, recorded.Recorded(), out / "full", context)
+    join([out, *(out / "full" / name for name in found_too)], out)
+    context.log(f"the page of all experiments is {out / 'index.html'}")
+    return told | {"full": {name: one.to_json() for name, one in found_too.items()}}
 
 
 def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What `run` returned as rows for people: the arms of both data sets, then the two differences."""
     rows = []
-    for name, facts in (("mixture", result), ("control", result["control"])):
+    for name, facts in {"mixture": result, "control": result["control"], **result.get("full", {})}.items():
         difference = {**facts, "arm": f"{facts['method']} - {facts['baseline']}: {facts['verdict']}"}
         for arm in [*facts["arms"], difference]:
             rows.append({"data": name, "arm": arm["arm"], facts["metric"]: f"{arm['estimate']:.1f}"})

@@ -1,7 +1,8 @@
-"""The pictures of the demo: the maze, the priorities, the learning curves and the bandit."""
+"""The pictures of the demo and of reports: mazes, priorities, learning curves, the bandit."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,20 @@ from numpy.typing import NDArray
 
 from leap_oper.bandit import BanditIteration
 from leap_oper.priorities import Priorities
-from leap_shared.files import atomic_writer
+from leap_oper.report import Report
+from leap_shared.experiment.report import data_uri
+from leap_shared.files import atomic_writer, write_text
 from leap_shared.offline import Evaluation, PointMaze, Transitions, episode_returns
 
-__all__ = ["COLOURS", "bandit_figure", "curves", "maze_figure", "priority_histogram"]
+__all__ = [
+    "COLOURS",
+    "bandit_figure",
+    "curves",
+    "maze_figure",
+    "priority_histogram",
+    "report_figures",
+    "write_page",
+]
 
 INK, WALL = "#22262B", "#C9CED6"
 COLOURS = {"uniform BC": "#E69F00", "OPER-R": "#0072B2", "OPER-A": "#8A8F98"}
@@ -123,3 +134,51 @@ def bandit_figure(path: Path, rows: Sequence[BanditIteration]) -> Path:
     axes.legend(frameon=False, loc="upper left")
     _plain(axes, "Bandit: mean reward that each iteration would draw (uniform: 1.0)")
     return _save(figure, path)
+
+
+PALETTE = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8F98")  # Okabe and Ito
+
+
+def report_figures(folder: Path, reports: Sequence[Report]) -> list[tuple[Path, str]]:
+    """Learning curves of every task, and the weights of every run that had some: (path, caption)."""
+    pictures = []
+    for number, task in enumerate(dict.fromkeys(report.task for report in reports if len(report.curve))):
+        figure = _new(8.0, 3.6)
+        axes = figure.subplots()
+        group = [report for report in reports if report.task == task and len(report.curve)]
+        for colour, report in zip(itertools.cycle(PALETTE), group, strict=False):
+            axes.plot(report.updates, report.curve, color=colour, lw=0.7, alpha=0.45)
+            name = f"{report.algorithm}, {report.label}"
+            axes.plot(report.updates, report.curve.mean(axis=1), color=colour, lw=2.4, label=name)
+        axes.set_xlabel("updates", color=INK)
+        axes.set_ylabel("return" if group[0].unit == "return" else "normalised score", color=INK)
+        axes.legend(frameon=False)
+        _plain(axes, task or "no task")
+        path = _save(figure, folder / f"curves-{number}.png")
+        pictures.append((path, f"{task}: thin one seed, thick the mean ({group[0].unit})."))
+    weighted = [(report, weights) for report in reports for weights in report.priorities]
+    if weighted:
+        figure = _new(8.0, 3.2)
+        axes = figure.subplots()
+        for colour, (report, weights) in zip(itertools.cycle(PALETTE), weighted, strict=False):
+            label = f"{report.task} {report.label}: deviation {weights['std']:.2f}, "
+            label += f"effective rows {weights['effective share']:.0%}"
+            axes.stairs(weights["counts"], weights["edges"], color=colour, fill=True, alpha=0.5, label=label)
+        axes.axvline(1, color=INK, lw=1, ls="--")
+        axes.set_yscale("log")
+        axes.set_xlabel("weight (mean 1)", color=INK)
+        axes.set_ylabel("rows", color=INK)
+        axes.legend(frameon=False, fontsize="small")
+        _plain(axes, "Priorities")
+        pictures.append((_save(figure, folder / "priorities.png"), "Weights; the dashed line is uniform sampling."))
+    return pictures
+
+
+def write_page(path: Path, title: str, rows: Sequence[Mapping[str, str]], pictures: Sequence[tuple[Path, str]]) -> None:
+    """One page without links to other files."""
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("leap_oper"), autoescape=True)
+    embedded = [{"uri": data_uri(picture), "caption": caption} for picture, caption in pictures]
+    page = environment.get_template("scores.html").render(title=title, rows=rows, figures=embedded)
+    write_text(path, page)
