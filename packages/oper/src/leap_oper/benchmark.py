@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -112,16 +113,17 @@ def _trainer(name: str, data: Transitions, seeds: int, context: Context, **chang
 def _trainers(rows: int, context: Context) -> Iterator[Case]:
     data = _data(min(rows, 100_000))
     has_d3rlpy = _installed("d3rlpy", context)
+    rival = f"d3rlpy {importlib.metadata.version('d3rlpy')}" if has_d3rlpy else ""
     for name, title in TITLES.items():
         ours, contenders = _trainer(name, data, 1, context), {}
         if has_d3rlpy:
             theirs = peers.d3rlpy_updates(name, data, BATCH)
-            contenders["d3rlpy"] = lambda theirs=theirs: theirs(UPDATES)
+            contenders[rival] = lambda theirs=theirs: theirs(UPDATES)
         if name == "td3bc":
             eager = peers.EagerTD3BC(data, BATCH)
             contenders["eager script"] = lambda eager=eager: [eager.update() for _ in range(UPDATES)]
         if contenders:
-            target = {"d3rlpy": TARGETS[name]} if has_d3rlpy else None
+            target = {rival: TARGETS[name]} if has_d3rlpy else None
             yield Case(f"{title}, {UPDATES} updates with their batches, (17, 6), 256-256", ours, contenders, target)
 
 

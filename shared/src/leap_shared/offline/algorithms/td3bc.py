@@ -62,6 +62,8 @@ class TD3BC(Algorithm):
         runs = len(self.seeds)
         numbers = ("alpha", "discount", "policy_noise", "noise_clip")
         self._numbers = {name: by_run(name, getattr(config, name), runs, self.device) for name in numbers}
+        self._reach, bound = ((self._numbers[x] * config.max_action)[:, None, None] for x in numbers[2:])
+        self._bounds = -bound, bound
         self.actor = StackedMLP((observation, *config.hidden, action), [3 * seed for seed in seeds], device)
         heads = [3 * seed + head for seed in seeds for head in (1, 2)]
         self.critic = StackedMLP((observation + action, *config.hidden, 1), heads, device)
@@ -102,9 +104,8 @@ class TD3BC(Algorithm):
     def _update_critic(self, batch: Batch, noise: Tensor) -> Logs:
         """L = mean w [(Q1 - y)² + (Q2 - y)²], y = r + γ min Q'(s', π'(s') + clip ε)."""
         config, runs, rows = self.config, len(self.seeds), batch.rewards.shape[1]
-        reach, bound = ((self._numbers[x] * config.max_action)[:, None, None] for x in ("policy_noise", "noise_clip"))
         after = self.actor_target(batch.next_observations).tanh_().mul_(config.max_action)
-        after.add_(torch.clamp(noise * reach, -bound, bound)).clamp_(-config.max_action, config.max_action)
+        after.add_(torch.clamp(noise * self._reach, *self._bounds)).clamp_(-config.max_action, config.max_action)
         ahead = self.critic_target(twice(torch.cat([batch.next_observations, after], -1))).view(runs, 2, rows).amin(1)
         goal = batch.rewards + self._numbers["discount"][:, None] * batch.not_terminal * ahead
         values, tape = self.critic.forward(twice(torch.cat([batch.observations, batch.actions], -1)))
