@@ -70,7 +70,7 @@ def test_a_batch_holds_the_rows_of_each_runs_own_data() -> None:
         np.testing.assert_array_equal(batch.actions[run], source.actions[chosen])
         np.testing.assert_array_equal(batch.rewards[run], source.rewards[chosen])
         np.testing.assert_array_equal(batch.not_terminal[run], 1 - source.terminals[chosen])
-    assert len(rows.table) == 400
+    assert len(rows.table.rows) == 400
     assert (batch.weights == 1).all()
 
 
@@ -89,6 +89,9 @@ def test_runs_on_the_same_data_may_have_their_own_weights() -> None:
     rows = Rows([source] * 3, weights=[mine, None, yours])
     batch = rows.batch(torch.tensor([[3, 199]] * 3))
     np.testing.assert_allclose(batch.weights, [mine[[3, 199]], [1, 1], yours[[3, 199]]], rtol=1e-6)
+    short = data(1, rows=100)
+    batch = Rows([source, short, source], weights=[None, None, yours]).batch(torch.tensor([[99]] * 3))
+    np.testing.assert_allclose(batch.weights[:, 0], [1, 1, yours[99]], rtol=1e-6)
     with pytest.raises(UserError, match=r"weights of shape \(3,\) for 200 rows"):
         Rows([source], weights=[np.ones(3)])
 

@@ -15,14 +15,14 @@ from jaxtyping import Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leap_oper.batched import Batches, restore
+from leap_oper.batched import Batches
 from leap_oper.priorities import Priorities, advantage_weights
 from leap_oper.values import Advantages, ValueConfig, ValueFit, choose
 from leap_shared.checkpoints import CheckpointFolder, check_finite
 from leap_shared.devices import resolve_device
 from leap_shared.errors import UserError, did_you_mean
 from leap_shared.files import atomic_writer
-from leap_shared.offline import Transitions
+from leap_shared.offline import Transitions, training
 
 __all__ = ["Advantages", "ValueConfig", "ValueFit", "iterate", "learning_rate", "oper_a"]
 
@@ -95,7 +95,8 @@ def iterate(
         raise UserError(f"{path} holds a run already: resume it, or give another folder")
     options = [budget, batches.batch_size, batches.kind, schedule, scale_std, scale_eps, floor, every]
     objects: dict[str, Any] = {"settings": {**fit.settings, "options": options}, "fit": fit, "batches": batches}
-    folder, done = restore(path, objects)
+    folder = None if path is None else CheckpointFolder(path)
+    done = 0 if folder is None else training.resume(folder, objects)
     weights = [np.ones((len(fit.seeds), fit.num_rows))]
     if progress is not None:
         progress(done)

@@ -1,9 +1,8 @@
-"""What the batched trainers share: one table for all runs' data, the runs' batches, and checkpoints of the whole."""
+"""The batches that values of many runs are fitted to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,39 +11,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from leap_oper.samplers import AliasSampler, CdfSampler, ReferenceSampler
-from leap_shared.checkpoints import CheckpointFolder
 from leap_shared.errors import UserError
-from leap_shared.offline import Transitions
 
-__all__ = ["Batches", "RowTable", "restore"]
+__all__ = ["Batches"]
 
 SAMPLERS = ("alias", "cdf", "reference")
-
-
-class RowTable:
-    """Rows of all data sets in one matrix; runs that share a data set share its rows."""
-
-    def __init__(
-        self, datasets: Sequence[Transitions], columns: Callable[[Transitions], Tensor], device: torch.device
-    ) -> None:
-        unique = {id(dataset): dataset for dataset in datasets}
-        starts, total = {}, 0
-        for key, dataset in unique.items():
-            starts[key] = total
-            total += len(dataset)
-        parts = [columns(dataset) for dataset in unique.values()]
-        self.rows = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device)
-        self._starts = [starts[id(dataset)] for dataset in datasets]
-        self._first = torch.tensor(self._starts, device=device)[:, None]
-
-    def gather(self, indices: Int64[Tensor, "runs batch"]) -> Float[Tensor, "runs batch width"]:
-        """Row indices[r, b] of run r's data set."""
-        return self.rows.index_select(0, (self._first + indices).flatten()).view(*indices.shape, -1)
-
-    def block(self, run: int, start: int, stop: int) -> Float[Tensor, "rows width"]:
-        """Rows `start` to `stop` of one run's data set; a view."""
-        first = self._starts[run]
-        return self.rows[first + start : first + stop]
 
 
 class Batches:
@@ -106,18 +77,3 @@ class Batches:
         """Go on from what `state_dict` gave, to the same bits."""
         for run, sampler in enumerate(self._samplers):
             sampler.load_state_dict(state[str(run)])
-
-
-def restore(path: Path | None, objects: MutableMapping[str, Any]) -> tuple[CheckpointFolder | None, int]:
-    """Folder for the checkpoints of a run and the step it had reached; `objects["settings"]` must be as they were.
-
-    Raises:
-        UserError: the folder holds checkpoints of other settings.
-    """
-    if path is None:
-        return None, 0
-    folder, settings = CheckpointFolder(path), objects["settings"]
-    step = folder.restore(objects) or 0
-    if objects["settings"] != settings:
-        raise UserError(f"{path} holds the checkpoints of another run: give another folder or delete it")
-    return folder, step

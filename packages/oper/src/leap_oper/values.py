@@ -14,10 +14,10 @@ from jaxtyping import Float, Float32, Float64, Int64
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from leap_oper.batched import RowTable
 from leap_shared.errors import UserError
 from leap_shared.offline import Transitions, discounted_return_to_go, n_step, state_normalisation
 from leap_shared.offline.networks import Adam, StackedMLP
+from leap_shared.offline.rows import RowTable
 
 __all__ = ["Advantages", "Regression", "ValueConfig", "ValueFit", "choose"]
 

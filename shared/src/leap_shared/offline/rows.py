@@ -1,21 +1,22 @@
-"""The data of many runs as one table on the device, so that a batch of all of them is one gather."""
+"""The data of many runs as one matrix on the device, so that a batch of all of them is one gather."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from leap_shared.errors import UserError
 from leap_shared.offline.algorithms.base import Batch
-from leap_shared.offline.returns import state_normalisation
+from leap_shared.offline.returns import StateNormalisation, state_normalisation
 from leap_shared.offline.transitions import Transitions
 
-__all__ = ["Rows", "known_next_actions"]
+__all__ = ["RowTable", "Rows", "known_next_actions"]
 
 Rewards = Callable[[Transitions], Float32[np.ndarray, " rows"]]
 
@@ -27,8 +28,37 @@ def known_next_actions(dataset: Transitions) -> NDArray[np.bool_]:
     return known
 
 
+class RowTable:
+    """Rows of the sources of all runs in one matrix; runs that share a source share its rows.
+
+    Args:
+        sources: one per run, the same object for runs that share it.
+        columns: the rows of a source.
+        device: where the matrix lies.
+    """
+
+    def __init__(
+        self, sources: Sequence[Any], columns: Callable[[Any], Float[Tensor, "rows width"]], device: torch.device
+    ) -> None:
+        unique = {id(source): source for source in sources}
+        parts = [columns(source) for source in unique.values()]
+        self.rows = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device)
+        starts = dict(zip(unique, np.cumsum([0, *map(len, parts)]).tolist(), strict=False))
+        self._starts = [starts[id(source)] for source in sources]
+        self._first = torch.tensor(self._starts, device=device)[:, None]
+
+    def gather(self, indices: Int64[Tensor, "runs batch"]) -> Float[Tensor, "runs batch width"]:
+        """Row indices[r, b] of run r's source."""
+        return self.rows.index_select(0, (self._first + indices).flatten()).view(*indices.shape, -1)
+
+    def block(self, run: int, start: int, stop: int) -> Float[Tensor, "rows width"]:
+        """Rows `start` to `stop` of one run's source; a view."""
+        first = self._starts[run]
+        return self.rows[first + start : first + stop]
+
+
 class Rows:
-    """Rows of all data sets in one matrix; runs that share a data set share its rows.
+    """Batches of all runs from one table of transitions.
 
     Args:
         datasets: one per run, the same object for runs that share it.
@@ -55,62 +85,41 @@ class Rows:
         shapes = {(data.observations.shape[1], data.actions.shape[1]) for data in datasets}
         if len(shapes) != 1:
             raise UserError(f"{len(datasets)} runs have observation and action widths {sorted(shapes)}: give one pair")
-        ((self.observation, self.action),) = shapes
+        ((width, action),) = shapes
         self.device, self.lengths = torch.device(device), [len(data) for data in datasets]
-        self._widths = [self.observation, self.observation, self.action, 1, 1, *([self.action] if next_actions else [])]
-        unique = {id(data): data for data in datasets}
-        starts = dict(zip(unique, np.cumsum([0, *map(len, unique.values())]).tolist(), strict=False))
-        scales = {key: state_normalisation(data.observations) for key, data in unique.items()} if normalise else {}
-        tables = []
-        for key, data in unique.items():
-            table = data.packed()
+        self._widths = [width, width, action, 1, 1, *([action] if next_actions else [])]
+        same = StateNormalisation(np.zeros(width, np.float32), np.ones(width, np.float32))
+        known = {id(data): state_normalisation(data.observations) if normalise else same for data in datasets}
+
+        def columns(data: Transitions) -> Tensor:
+            table, (mean, std) = data.packed(), known[id(data)]
             if rewards is not None:
-                table[:, 2 * self.observation + self.action] = rewards(data)
+                table[:, 2 * width + action] = rewards(data)
             if normalise:
-                states = table[:, : 2 * self.observation].reshape(len(data), 2, -1)
-                table[:, : 2 * self.observation] = ((states - scales[key].mean) / scales[key].std).reshape(
-                    len(data), -1
-                )
-            tables.append(np.concatenate([table, np.roll(data.actions, -1, axis=0)], axis=1) if next_actions else table)
-        self.table = torch.from_numpy(np.concatenate(tables) if len(tables) > 1 else tables[0]).to(self.device)
-        self._first = self._column([starts[id(data)] for data in datasets])
-        self.mean, self.std = self._scales([scales.get(id(data)) for data in datasets])
-        self._weights, self._first_weight = self._stacked(weights)
+                table[:, : 2 * width] -= np.tile(mean, 2)
+                table[:, : 2 * width] /= np.tile(std, 2)
+            following = [np.roll(data.actions, -1, axis=0)] if next_actions else []
+            return torch.from_numpy(np.concatenate([table, *following], axis=1) if following else table)
 
-    def _column(self, numbers: Sequence[int]) -> Int64[Tensor, "runs 1"]:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)[:, None]
+        self.table = RowTable(datasets, columns, self.device)
+        scales = [known[id(data)] for data in datasets]
+        self.mean, self.std = (
+            torch.from_numpy(np.stack(part)[:, None]).to(self.device) for part in zip(*scales, strict=True)
+        )
+        self._weights = None if weights is None or all(w is None for w in weights) else self._weighted(weights)
 
-    def _scales(self, found: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]] | None]) -> tuple[Tensor, Tensor]:
-        zero, one = np.zeros(self.observation, np.float32), np.ones(self.observation, np.float32)
-        pairs = [(zero, one) if pair is None else pair for pair in found]
-        parts = (np.stack(part)[:, None] for part in zip(*pairs, strict=True))
-        mean, std = (torch.from_numpy(part).to(self.device) for part in parts)
-        return mean, std
-
-    def _stacked(self, weights: Sequence[ArrayLike | None] | None) -> tuple[Tensor | None, Tensor]:
-        """All weights behind each other, and where those of each run begin; runs may share an array."""
-        given = [None] * len(self.lengths) if weights is None else list(weights)
-        if all(part is None for part in given):
-            return None, self._first
-        arrays: dict[int, NDArray[np.float32]] = {}
-        for part, length in zip(given, self.lengths, strict=True):
-            array = np.ones(length, np.float32) if part is None else np.asarray(part, np.float32)
-            if array.shape != (length,):
+    def _weighted(self, weights: Sequence[ArrayLike | None]) -> RowTable:
+        ones = {length: np.ones(length, np.float32) for length in self.lengths}
+        given = [ones[n] if w is None else w for n, w in zip(self.lengths, weights, strict=True)]
+        for length, array in zip(self.lengths, given, strict=True):
+            if np.shape(array) != (length,):
                 raise UserError(
-                    f"there are weights of shape {array.shape} for {length} rows: compute them for this data"
+                    f"there are weights of shape {np.shape(array)} for {length} rows: compute them for these"
                 )
-            arrays.setdefault(id(part), array)
-        starts = dict(zip(arrays, np.cumsum([0, *map(len, arrays.values())]).tolist(), strict=False))
-        stacked = torch.from_numpy(np.concatenate(list(arrays.values()))).to(self.device)
-        return stacked, self._column([starts[id(part)] for part in given])
+        return RowTable(given, lambda array: torch.as_tensor(array, dtype=torch.float32)[:, None], self.device)
 
     def batch(self, indices: Int64[Tensor, "runs batch"]) -> Batch:
         """Row indices[r, b] of run r's data."""
-        flat = (indices + self._first).flatten()
-        gathered = self.table.index_select(0, flat).view(*indices.shape, -1)
-        states, after, actions, rewards, going, *rest = torch.split(gathered, self._widths, dim=-1)
-        if self._weights is None:
-            weights = torch.ones_like(rewards[..., 0])
-        else:
-            weights = self._weights.take(indices + self._first_weight)
-        return Batch(states, actions, rewards[..., 0], after, going[..., 0], weights, *rest)
+        states, after, actions, rewards, going, *rest = torch.split(self.table.gather(indices), self._widths, dim=-1)
+        weights = torch.ones_like(rewards) if self._weights is None else self._weights.gather(indices)
+        return Batch(states, actions, rewards[..., 0], after, going[..., 0], weights[..., 0], *rest)

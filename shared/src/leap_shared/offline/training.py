@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from leap_shared.errors import UserError
 from leap_shared.offline.algorithms.base import Algorithm, Logs
 from leap_shared.offline.rows import Rows
 
-__all__ = ["IndexSampler", "Training", "UniformSampler"]
+__all__ = ["IndexSampler", "Training", "UniformSampler", "resume"]
 
 LEAST_REPLAYS = 8  # periods from which a CUDA graph is worth its capture
 
@@ -31,6 +31,19 @@ class IndexSampler(Protocol):
     def draw(self, shape: Sequence[int]) -> Int64[Tensor, "*shape"]:
         """Independent rows."""
         ...
+
+
+def resume(folder: CheckpointFolder, objects: MutableMapping[str, Any]) -> int:
+    """Bring `objects` to where the run in `folder` stood, and say after how many steps; 0 where there is none.
+
+    Raises:
+        UserError: the folder holds checkpoints of other ``objects["settings"]``.
+    """
+    settings = objects["settings"]
+    step = folder.restore(objects) or 0
+    if objects["settings"] != settings:
+        raise UserError(f"{folder.path} holds the checkpoints of another run: give another folder or delete it")
+    return step
 
 
 class UniformSampler:
@@ -126,15 +139,10 @@ class Training:
         for kind, samplers in (("critic", self.critic), ("policy", self.policy or [])):
             objects |= {f"{kind}{run}": sampler.generator for run, sampler in enumerate(samplers)}
         self._folder = folder = None if out is None else CheckpointFolder(out)
-        wanted, before = objects["settings"], self.algorithm.updates
-        if (
-            folder is not None
-            and (before == 0)
-            and folder.restore(objects) is not None
-            and objects["settings"] != wanted
-        ):
-            raise UserError(f"{out} holds the checkpoints of another run: give another folder or delete it")
-        objects["settings"], self.history = wanted, objects["history"]
+        before = self.algorithm.updates
+        if folder is not None and before == 0:
+            resume(folder, objects)
+            self.history = objects["history"]
         if progress is not None and self.algorithm.updates > before:
             progress(min(self.algorithm.updates, updates), "resumed")
         try:
@@ -143,7 +151,6 @@ class Training:
                 start = time.perf_counter()
                 logs = self.advance(count)
                 record: dict[str, Any] = {"update": done + count, **{name: x.tolist() for name, x in logs.items()}}
-                check_finite(sum(x.sum() for x in logs.values()), done + count, folder)
                 record["updates_per_second"] = count / (time.perf_counter() - start)
                 self.history.append(record | (evaluate(self) if evaluate is not None else {}))
                 if folder is not None:
