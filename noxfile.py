@@ -21,7 +21,7 @@ import nox
 
 ROOT = Path(__file__).parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-EXTRAS = "[vision,datasets,rl,report]"
+EXTRAS = "[vision,datasets,rl,minari,report]"
 DIST = ROOT / "dist"
 REPORT = "report"  # relative, for it stands in what demos write
 

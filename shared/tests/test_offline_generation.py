@@ -412,3 +412,12 @@ def test_bad_input_is_refused_before_anything_is_written(
 )
 def test_medium_is_a_third_of_the_expert(environment: str, expert: float | None, wanted: float) -> None:
     assert generation._target(environment, gymnasium.spec(environment), None, expert) == pytest.approx(wanted)
+
+
+def test_a_format_whose_writer_is_missing_is_refused_before_anything_is_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"leap-shared\[minari\].*or leave out that format"):
+        generate_mujoco("Pendulum-v1", "random", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from leap_oper.pages import write_report
 from leap_oper.report import Report, collect, corl_scores, summarise
 from leap_shared.errors import UserError
 from leap_shared.offline.policies import Policies
+from leap_shared.testing.operators import without_type_checks
 
 SMALL: dict[str, Any] = {"steps": 6, "every": 3, "seeds": (0, 1), "batch_size": 16, "hidden": (8, 8), "device": "cpu"}
 ALGORITHMS = ("bc", "td3bc", "onestep", "cql", "iql")
@@ -238,3 +239,17 @@ def test_a_run_is_not_started_anew_over_another(tmp_path: Path) -> None:
         Trainer("bc", walk(10), out=tmp_path, **SMALL).train(resume=False)
     with pytest.raises(UserError, match="another run"):
         Trainer("bc", walk(10), out=tmp_path, **(SMALL | {"learning_rate": 1.0})).train()
+
+
+@pytest.mark.slow
+def test_a_compiled_update_trains_as_the_written_one_does() -> None:
+    """Fused operations round otherwise: float32 after six updates."""
+    data = walk(10)
+    plain = Trainer("td3bc", data, priorities=oper_r(data), decouple=True, **SMALL)
+    fused = Trainer("td3bc", data, priorities=oper_r(data), decouple=True, compile=True, **SMALL)
+    plain.train()
+    with without_type_checks():
+        fused.train()
+    for net, state in plain.algorithm.export(0).items():
+        for key, value in state.items():
+            torch.testing.assert_close(fused.algorithm.export(0)[net][key], value, atol=1e-5, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import platform
 import shutil
@@ -34,9 +35,11 @@ def silent(_done: int, _text: str) -> None:
 
 
 def check_formats(formats: Sequence[str]) -> None:
-    """Raise UserError where there is none, or an unknown one."""
+    """Raise UserError where there is none, an unknown one, or one whose writer is not installed."""
     if not formats or not set(formats) <= set(FORMATS):
         raise UserError(f"formats are {', '.join(formats) or 'empty'}: choose from {', '.join(FORMATS)}")
+    if "minari" in formats and importlib.util.find_spec("minari") is None:
+        raise UserError('Minari files need minari: pip install "leap-shared[minari]", or leave out that format')
 
 
 def finished(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:

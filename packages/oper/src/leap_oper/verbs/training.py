@@ -50,6 +50,8 @@ class _Train(DataCommand):
     """How rows are drawn."""
     rewards: Literal["recorded", "locomotion", "antmaze", "antmaze-cql"] = "recorded"
     """Rewards of the losses: as recorded, scaled by the range of returns, minus 1, or times 10 minus 5."""
+    compile: bool = False
+    """Run updates through torch.compile."""
     threads: int = 1
     """Threads of PyTorch."""
 
@@ -82,6 +84,7 @@ class _Train(DataCommand):
             batch_size=self.batch_size,
             sampler=self.sampler,
             rewards=recipes.REWARDS[self.rewards],
+            compile=self.compile,
             out=context.out,
             device=str(context.device),
             **changed,
