@@ -494,3 +494,11 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
     assert "outer" in shown
     assert "3/3" in shown
     assert "[seed]" in shown
+
+
+def test_a_refused_run_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert call("fail", "--how", "user", "--out", "new") == 2
+    assert call("fail", "--how", "user", "--out", "mine") == 2
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "mine" / "config.yaml").exists()

@@ -414,6 +414,12 @@ def test_medium_is_a_third_of_the_expert(environment: str, expert: float | None,
     assert generation._target(environment, gymnasium.spec(environment), None, expert) == pytest.approx(wanted)
 
 
+def test_a_relative_folder_holds_both_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    manifest = generate_mujoco("Pendulum-v1", "random", "here", rows=250, num_envs=1)
+    assert all((tmp_path / "here" / name).exists() for name in manifest["files"])
+
+
 def test_a_format_whose_writer_is_missing_is_refused_before_anything_is_simulated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,8 @@ def oper_a_fit(
     data, nets, indices, n_step, critic_type, td_type, adv_type, schedule, schedule_steps, antmaze, normalize
 ):
     kinds = {"critic_type": critic_type, "td_type": td_type, "adv_type": adv_type, "n_step": n_step}
-    config = ValueConfig(**kinds, antmaze=bool(antmaze), normalise=bool(normalize), compat=True)
+    hidden = tuple(len(nets["value"][f"l{layer}.bias"]) for layer in (1, 2))
+    config = ValueConfig(**kinds, antmaze=bool(antmaze), normalise=bool(normalize), compat=True, hidden=hidden)
     fit = ValueFit([Transitions.from_arrays(**data)], [0], config)
     fit.load(0, nets)
     before, log = fit.advantages()._asdict(), {}
@@ -103,10 +104,9 @@ def ensemble(weights, how):
 
 
 def stage2(weights, weight_func, std, eps, eps_max, branch, exp_lambd):
-    rescaled = Priorities(weights).rescale(
-        std, eps, eps_max, weight_func=weight_func, exp_lambd=exp_lambd, branch=branch
-    )
-    return rescaled.probs
+    std = std if weight_func == "linear" else None  # exp knows none
+    options = {"weight_func": weight_func, "exp_lambd": exp_lambd, "branch": branch}
+    return Priorities(weights).rescale(std, eps, eps_max, **options).probs
 
 
 def sampler_stream(p, batch, n_prefetch, seed, count):

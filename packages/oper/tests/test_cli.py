@@ -18,7 +18,7 @@ from leap_shared.offline import Transitions, read_d4rl
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    walk(30).save(tmp_path / "walk.npz")
+    walk(60).save(tmp_path / "walk.npz")
     return tmp_path
 
 
@@ -43,12 +43,12 @@ def test_version_names_the_package(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_inspect_describes_the_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = answer(capsys, "inspect", "walk.npz")
-    assert (told["rows"], told["episodes"], told["truncated_fraction"]) == (300, 30, 1.0)
+    assert (told["rows"], told["episodes"], told["truncated_fraction"]) == (600, 60, 1.0)
 
 
 def test_convert_keeps_every_transition_in_every_format(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("minari")
-    before = walk(30)
+    before = walk(60)
     answer(capsys, "convert", "walk.npz", "--to", "d4rl", "--out", "a")
     answer(capsys, "convert", "a/walk.hdf5", "--to", "minari", "--name", "test/walk-v0", "--out", "b")
     answer(capsys, "convert", "b/test/walk-v0", "--out", "c", "--name", "back")
@@ -64,7 +64,7 @@ def test_a_minari_set_needs_its_id(here: Path, capsys: pytest.CaptureFixture[str
 
 def test_weights_of_returns_are_written_and_described(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = answer(capsys, "weights", "r", "walk.npz", "--base-prob", "0.2", "--out", "w")
-    found = Priorities.load(here / "w/weights.npz", walk(30))
+    found = Priorities.load(here / "w/weights.npz", walk(60))
     assert told["weight std"] == pytest.approx(found.std, rel=1e-6)
 
 
@@ -72,7 +72,7 @@ def test_weights_of_advantages_train_every_algorithm_that_is_asked_for(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer(capsys, "weights", "a", "walk.npz", "--iters", "2", "--steps", "3", "--seeds", "1", "2", "--out", "w")
-    assert Priorities.load(here / "w/weights.npz").weights.shape == (2, 2, 300)
+    assert Priorities.load(here / "w/weights.npz").weights.shape == (2, 2, 600)
     options = ("--weights", "w/weights.npz", "--iteration", "1", "--std", "2.0", "--decouple", *TRAIN)
     for name in ("bc", "td3bc"):
         report = answer(capsys, "train", name, "walk.npz", *options, "--out", f"runs/{name}")
@@ -104,7 +104,7 @@ def test_policies_are_evaluated_and_runs_reported(here: Path, capsys: pytest.Cap
     assert [row["seed"] for row in rows] == [0, 1]
     assert all(row["return"] < 0 for row in rows)
     told = answer(capsys, "report", "runs", "--out", "page")
-    assert told[0]["task"] == "Pendulum-v1"
+    assert (told[0]["task"], told[0]["score"]) == ("p", "return")
     assert (here / "page/index.html").exists()
 
 
@@ -112,6 +112,23 @@ def test_a_sweep_runs_and_reports(here: Path, capsys: pytest.CaptureFixture[str]
     options = ("--algorithms", "bc", "--methods", "uniform", "oper-r", "--steps", "2", "--every", "1", "--seeds", "2")
     assert answer(capsys, "sweep", "--data", "walk.npz", *options, "--device", "cpu", "--out", "s") == []
     assert len(list((here / "s").rglob("result.json"))) == 2
+
+
+def test_a_policy_cloned_from_the_maze_is_evaluated_in_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer(capsys, "generate-maze", "--episodes", "2", "--episode-steps", "20", "--out", "m")
+    options = ("--env", "PointMaze_Medium-v3", "--keys", "observation", "--episodes", "1", *TRAIN)
+    told = answer(capsys, "train", "bc", "m/maze.npz", *options, "--out", "runs/bc")
+    assert [len(returns) for returns in told["returns"]] == [2, 2]
+
+
+def test_the_authors_hyperparameters_are_a_flag(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer(capsys, "train", "iql", "walk.npz", *TRAIN, "--preset", "antmaze-umaze-v2", "--out", "x")
+    assert b'\\"expectile\\": 0.9' in (here / "x/policies.safetensors").read_bytes()
+
+
+def test_the_maze_can_be_walked_without_end(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = answer(capsys, "generate-maze", "--walk", "--rows", "300", "--out", "w")
+    assert any(name.endswith(".hdf5") for name in told["files"])
 
 
 def test_the_maze_generator_writes_transitions(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +146,11 @@ def test_the_maze_generator_writes_transitions(here: Path, capsys: pytest.Captur
         (("train", "td3bc", "walk.npz", "--weights", "walk.npz"), "holds no priorities"),
         (("train", "td3bc", "walk.npz", "--reweight-eval"), "exclude each other"),
         (("train", "bc", "walk.npz", "--env", "Hoper-v5", *TRAIN), "did you mean Hopper"),
+        (("train", "bc", "walk.npz", "--env", "Pendulum-v1", *TRAIN), "widths (3, 1), the data (2, 1)"),
+        (("train", "bc", "walk.npz", "--task", "hoper-medium-v2"), "did you mean hopper-medium-v2"),
+        (("train", "bc", "walk.npz", "--std", "2"), "give --weights too"),
+        (("train", "bc", "walk.npz", "--preset", "hopper-medium-v2"), "has no values by task"),
+        (("train", "bc", "walk.npz", "--split", "timeout"), "split are for .hdf5 files"),
         (("report", "nowhere"), "no result.json"),
         (("bench", "--only", "trainer"), "part 'trainer' is unknown: did you mean trainers"),
         (("demo", "--quick", "--full"), "--quick has two seeds"),
@@ -145,7 +167,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_weights_of_other_data_are_refused_before_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    walk(30, seed=9).save(here / "other.npz")
+    walk(60, seed=9).save(here / "other.npz")
     answer(capsys, "weights", "r", "other.npz", "--out", "w")
     assert call("train", "td3bc", "walk.npz", "--weights", "w/weights.npz", "--out", "x") == 2
     assert "made for other data" in capsys.readouterr().err

@@ -259,3 +259,14 @@ def test_cut_file_is_refused(tmp_path: Path, size: int) -> None:
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*w\.npy: No such file"):
         read_npy(tmp_path / "w.npy")
+
+
+def test_lists_that_hold_each_other_a_thousandfold_are_no_work(tmp_path: Path) -> None:
+    nested: list[Any] = [1.0]
+    for _ in range(200):
+        nested = [nested, nested]
+    content = np.empty((), dtype=object)
+    content[()] = {"iter": 1, 1: nested}
+    path = write(tmp_path / NAME, pickle.dumps(content, protocol=2))
+    with pytest.raises(UserError, match="is a list, expected an array of numbers"):
+        Priorities.load(path)

@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {"seeds": (0, 1), "steps": 4, "every": 2, "device": "
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    walk(30).save(tmp_path / "walk.npz")
+    walk(60).save(tmp_path / "walk.npz")
     return str(tmp_path / "walk.npz")
 
 
@@ -83,6 +83,21 @@ def test_runs_that_fail_are_told_once_the_others_are_finished(data: str, tmp_pat
     with pytest.raises(UserError, match=r"1 of 2 runs failed, .*absent\.npz"):
         run_sweep(chosen, note=lambda text: None)
     assert chosen[1].finished
+
+
+def test_a_folder_of_other_settings_is_neither_finished_nor_overwritten(data: str, tmp_path: Path) -> None:
+    cell = Cell(data, "bc", "uniform", tmp_path, **SETTINGS)
+    run_cell(cell)
+    longer = dataclasses.replace(cell, steps=6)
+    assert cell.finished
+    assert not longer.finished
+    with pytest.raises(UserError, match="holds a run of other settings"):
+        run_sweep([longer], note=lambda text: None)
+
+
+def test_data_sets_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="would share a folder"):
+        cells(["a/data.npz", "b/data.npz"], ["bc"], ["uniform"], tmp_path)
 
 
 def test_seeds_of_a_cell_make_different_policies(data: str, tmp_path: Path) -> None:

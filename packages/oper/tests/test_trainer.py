@@ -185,6 +185,12 @@ def test_several_tasks_get_a_row_of_their_own() -> None:
     assert [row["task"] for row in summarise(runs)] == ["hopper-medium-v2", "walker2d-medium-v2", "2 tasks"]
 
 
+def test_scores_from_other_environments_stand_beside_no_published_ones() -> None:
+    known = Report("td3bc", "uniform", "hopper-medium-v2", [0], [1], [[100.0]], environment="Hopper-v5")
+    assert known.unit == "Hopper-v5, D4RL reference range"
+    assert "CORL last" not in summarise([known])[0]
+
+
 def test_corls_scores_stand_beside_ours_where_the_task_is_the_same() -> None:
     assert corl_scores("halfcheetah-medium-v2", "bc")["last"] == (42.40, 0.19)
     assert corl_scores("Hopper-v5", "td3bc") == {}
@@ -221,6 +227,10 @@ def test_folders_without_results_are_refused(tmp_path: Path) -> None:
         ({"alhpa": 1.0}, "has no field 'alhpa': did you mean alpha"),
         ({"reweight_eval": True}, "resample and reweight exclude each other"),
         ({"steps": 0}, "steps=0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"environment": "Hoper-v5"}, "did you mean Hopper"),
+        ({"environment": "Pendulum-v1"}, r"widths \(3, 1\), the data \(2, 1\)"),
+        ({"task": "hoper-medium-v2"}, "did you mean hopper-medium-v2"),
         ({"seeds": ()}, "give at least 1 of each"),
         ({"priorities": Priorities(np.ones(7))}, "7 weights for 300 rows"),
         ({"priorities": [None]}, "1 priorities for 2 seeds"),
@@ -231,6 +241,24 @@ def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], words: str) 
     options = {"algorithm": "td3bc", "priorities": oper_r(data), **SMALL, **changes}
     with pytest.raises(UserError, match=words):
         Trainer(options.pop("algorithm"), data, **options)
+
+
+@pytest.mark.parametrize("changes", [{"normalise": True}, {"rewards": lambda data: data.rewards - 1}])
+def test_a_run_is_not_continued_on_other_rewards_or_states(changes: dict[str, Any], tmp_path: Path) -> None:
+    Trainer("bc", walk(10), out=tmp_path, **SMALL).train()
+    with pytest.raises(UserError, match="another run"):
+        Trainer("bc", walk(10), out=tmp_path, **SMALL, **changes).train()
+
+
+def test_weights_of_one_seed_can_weigh_the_losses() -> None:
+    data = walk(10)
+    one = Priorities(oper_r(data).weights[None], {"fingerprint": data.fingerprint})
+    Trainer("td3bc", data, priorities=one, mode="reweight", **SMALL).train()
+
+
+def test_a_batch_larger_than_the_data_warns() -> None:
+    with pytest.warns(UserWarning, match="a batch of 200 is drawn from 100 rows"):
+        Trainer("bc", walk(10), **(SMALL | {"batch_size": 200}))
 
 
 def test_a_run_is_not_started_anew_over_another(tmp_path: Path) -> None:

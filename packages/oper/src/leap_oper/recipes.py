@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from leap_oper.priorities import Priorities, top_rows
+from leap_shared.errors import UserError
 from leap_shared.offline import Transitions, episode_returns
 from leap_shared.offline.algorithms.cql import cql_antmaze_rewards
 from leap_shared.offline.algorithms.iql import antmaze_rewards, locomotion_rewards
 from leap_shared.offline.rows import Rewards
+from leap_shared.offline.scores import reference
 
-__all__ = ["REWARDS", "chosen_rows", "priorities"]
+__all__ = ["REWARDS", "chosen_rows", "preset", "priorities"]
 
 REWARDS: Mapping[str, Rewards | None] = {
     "recorded": None,
@@ -26,6 +30,22 @@ def chosen_rows(dataset: Transitions, top: float | None) -> Transitions:
     if top is None:
         return dataset
     return dataset.rows(top_rows(episode_returns(dataset.rewards, dataset.ends), top))
+
+
+def preset(config: Any, task: str | None) -> dict[str, Any]:
+    """What the authors set for a D4RL task, where it differs from the defaults.
+
+    Raises:
+        UserError: the task is unknown, or the algorithm has no values by task.
+    """
+    if task is None:
+        return {}
+    reference(task)
+    if not hasattr(config, "of_task"):
+        raise UserError(f"{config.__name__} has no values by task: leave preset out")
+    found, default = config.of_task(task), config()
+    fields = [field.name for field in dataclasses.fields(config)]
+    return {name: getattr(found, name) for name in fields if getattr(found, name) != getattr(default, name)}
 
 
 def priorities(

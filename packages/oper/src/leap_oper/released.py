@@ -79,16 +79,21 @@ class _Array:
         return flat.reshape(self._shape, order="F" if self._fortran else "C")
 
 
-def _plain(value: Any) -> Any:
-    """`value` with arrays and NumPy scalars in the place of what stands for them."""
+def _plain(value: Any, made: dict[int, Any] | None = None) -> Any:
+    """`value` with arrays and NumPy scalars in the place of what stands for them; what is shared is made once."""
+    made = {} if made is None else made
+    if id(value) in made:
+        return made[id(value)]
+    found = value
     if isinstance(value, _Array):
         array = value.array()
-        return array if array.ndim else array[()]
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    return value
+        found = array if array.ndim else array[()]
+    elif isinstance(value, dict):
+        found = {_plain(key, made): _plain(item, made) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        found = type(value)(_plain(item, made) for item in value)
+    made[id(value)] = found
+    return found
 
 
 def _allowed() -> dict[str, Any]:
@@ -169,7 +174,9 @@ def read_npy(path: Path) -> Any:
 
 
 def _line(value: Any, path: Path, name: str) -> NDArray[np.float64]:
-    array = np.asarray(value)
+    if not isinstance(value, np.ndarray):
+        raise UserError(f"{path}: {name} is a {type(value).__name__}, expected an array of numbers (rows, 1)")
+    array: NDArray[Any] = value
     if array.dtype.kind not in "fiu" or not array.size or array.size != array.shape[0]:
         raise UserError(f"{path}: {name} has shape {array.shape} and dtype {array.dtype}, expected numbers (rows, 1)")
     return array.reshape(-1).astype(np.float64)

@@ -46,6 +46,8 @@ class Report:
     """Mean return of each evaluation (outer) and seed (inner)."""
     priorities: list[dict[str, Any]] = field(default_factory=list)
     """Of each set of weights: deviation, effective share of the rows, and a histogram."""
+    environment: str = ""
+    """Where the policies were run; scores from other environments than D4RL's own stand beside no published ones."""
 
     @classmethod
     def of(
@@ -57,19 +59,22 @@ class Report:
         seeds: Sequence[int],
         history: Sequence[Mapping[str, Any]],
         priorities: Sequence[Priorities] = (),
+        environment: str = "",
     ) -> Report:
         """Report of a trainer's history."""
         rows = [record for record in history if "returns" in record]
         updates, returns = [row["update"] for row in rows], [list(row["returns"]) for row in rows]
-        return cls(algorithm, label, task, list(seeds), updates, returns, [_weights(w) for w in priorities])
+        weights = [_weights(w) for w in priorities]
+        return cls(algorithm, label, task, list(seeds), updates, returns, weights, environment)
 
     @cached_property
     def unit(self) -> str:
-        """What the scores are: "D4RL", "v5, D4RL reference range" or "return"."""
+        """What the scores are: "D4RL", an environment's in D4RL's reference range, or "return"."""
         try:
-            return labelled_score(self.task, 0.0).label
+            label = labelled_score(self.task, 0.0).label
         except UserError:
             return "return"
+        return label if self.environment in ("", self.task) else f"{self.environment}, D4RL reference range"
 
     @cached_property
     def curve(self) -> Float64[np.ndarray, "evaluations seeds"]:
@@ -196,6 +201,7 @@ def _row(reports: Sequence[Report], known: Sequence[Report]) -> dict[str, Any]:
     if theirs is not None:
         chance = probability_of_improvement(scores, theirs)
         row |= {"improvement": chance.value, "improvement interval": [chance.low, chance.high]}
-    if len(reports) == 1 and (published := corl_scores(first.task, first.algorithm)):
+    published = corl_scores(first.task, first.algorithm) if len(reports) == 1 and first.unit == "D4RL" else {}
+    if published:
         row |= {f"CORL {kind}": list(pair) for kind, pair in published.items()}
     return row

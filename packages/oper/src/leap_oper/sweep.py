@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ from leap_oper.priorities import Priorities, oper_r
 from leap_oper.report import RESULT
 from leap_oper.trainer import POLICIES, Trainer
 from leap_shared.errors import UserError, did_you_mean
-from leap_shared.files import ensure_folder
+from leap_shared.files import ensure_folder, write_json
 from leap_shared.offline import Transitions
 from leap_shared.offline.algorithms import ALGORITHMS
+from leap_shared.offline.scores import tasks
 from leap_shared.offline.sources import load
 
 __all__ = ["METHODS", "Cell", "cells", "run_cell", "run_sweep"]
 
+CELL = "cell.json"
 METHODS = ("uniform", "oper-r", "oper-a")
 
 
@@ -32,7 +35,7 @@ class Cell:
     method: str
     out: Path
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    steps: int = 1_000_000
+    steps: int | None = None
     every: int = 5000
     episodes: int = 10
     environment: str | None = None
@@ -53,9 +56,28 @@ class Cell:
         return self.out / Path(self.data).stem / self.algorithm / self.method
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What the outcome depends on, as JSON values."""
+        apart = ("out", "device", "threads", "root")
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in apart}
+        return dict(json.loads(json.dumps(values)))
+
+    @property
     def finished(self) -> bool:
-        """Whether the run was trained to its end."""
-        return (self.folder / POLICIES).exists() and (self.folder / RESULT).exists()
+        """Whether a run of these settings was trained to its end."""
+        files = [self.folder / name for name in (POLICIES, RESULT, CELL)]
+        return all(file.exists() for file in files) and json.loads(files[2].read_text()) == self.settings
+
+    def claim(self) -> None:
+        """Take the folder.
+
+        Raises:
+            UserError: it is another run's.
+        """
+        path = ensure_folder(self.folder) / CELL
+        if path.exists() and json.loads(path.read_text()) != self.settings:
+            raise UserError(f"{self.folder} holds a run of other settings: give another --out, or delete it")
+        write_json(path, self.settings)
 
 
 def cells(
@@ -72,7 +94,10 @@ def cells(
                 raise UserError(f"{name} {word!r} is unknown: {did_you_mean(word, known)}")
     if not (data and algorithms and methods):
         raise UserError("a sweep needs at least one data set, algorithm and method")
-    return [Cell(*names, out, **settings) for names in itertools.product(data, algorithms, methods)]
+    made = [Cell(*names, out, **settings) for names in itertools.product(data, algorithms, methods)]
+    if len({cell.folder for cell in made}) < len(made):
+        raise UserError(f"data sets of one name would share a folder: rename one of {', '.join(data)}")
+    return made
 
 
 def _priorities(cell: Cell, dataset: Transitions, progress: Callable[[int, str], object] | None) -> Priorities | None:
@@ -100,6 +125,7 @@ def run_cell(cell: Cell, progress: Callable[[int, str], object] | None = None) -
     import torch
 
     torch.set_num_threads(cell.threads)
+    cell.claim()
     dataset = load(cell.data, cell.root)
     trainer = Trainer(
         cell.algorithm,
@@ -112,7 +138,8 @@ def run_cell(cell: Cell, progress: Callable[[int, str], object] | None = None) -
         episodes=cell.episodes,
         environment=cell.environment,
         keys=cell.keys,
-        task=cell.task or Path(cell.data).stem,
+        task=cell.task or (Path(cell.data).stem if Path(cell.data).stem in tasks() else None),
+        name=Path(cell.data).stem,
         out=cell.folder,
         device=cell.device,
         label=cell.method,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from leap_shared.offline import Transitions
 from leap_shared.offline.algorithms import ALGORITHMS
 from leap_shared.offline.policies import EVALUATION_SEED, Policies
 from leap_shared.offline.rows import Rewards, Rows, known_next_actions
+from leap_shared.offline.scores import reference
+from leap_shared.offline.simulation import make_environment
 from leap_shared.offline.training import IndexSampler, Training, UniformSampler
 
 __all__ = ["POLICIES", "Trainer"]
@@ -31,6 +35,7 @@ SAMPLERS = {"alias": AliasSampler, "cdf": CdfSampler}
 POLICIES = "policies.safetensors"
 STEPS = {"bc": 500_000, "td3bc": 1_000_000, "onestep": 2_600_000, "cql": 1_000_000, "iql": 1_000_000}
 PHASES = {"behaviour_updates": 500_000, "q_updates": 2_000_000, "policy_updates": 100_000}  # of one-step
+BATCHES = {"bc": 512, "onestep": 512}
 FLAGS = ("reweight", "reweight_eval", "reweight_improve", "reweight_constraint")
 
 
@@ -56,6 +61,7 @@ class Trainer:
         environment: gymnasium's name, or what makes one, for evaluations in simulation; None: no evaluation.
         keys: of Dict observations, in the order in which the data joined them.
         task: D4RL task whose reference scores normalise the returns; None: the environment's where it is known.
+        name: what reports call the data where there is no task.
         every: updates between two evaluations, records and checkpoints.
         episodes: of each run and evaluation.
         evaluate: your own evaluation, in place of `environment`: plain values for the record of the history; those
@@ -88,6 +94,7 @@ class Trainer:
         environment: str | Callable[[], Any] | None = None,
         keys: Sequence[str] = (),
         task: str | None = None,
+        name: str = "",
         every: int = 5000,
         episodes: int = 10,
         evaluate: Callable[[Trainer], dict[str, Any]] | None = None,
@@ -97,13 +104,15 @@ class Trainer:
         label: str | None = None,
         **options: Any,
     ) -> None:
-        for name, word, known in (
+        for what, word, known in (
             ("algorithm", algorithm, ALGORITHMS),
             ("mode", mode, MODES),
             ("sampler", sampler, SAMPLERS),
         ):
             if word not in known:
-                raise UserError(f"{name} {word!r} is unknown: {did_you_mean(word, known)}")
+                raise UserError(f"{what} {word!r} is unknown: {did_you_mean(word, known)}")
+        if task is not None:
+            reference(task)
         steps = STEPS[algorithm] if steps is None else steps
         if min(steps, every, episodes) < 1 or not seeds:
             raise UserError(
@@ -124,13 +133,21 @@ class Trainer:
         options = {**_lengths(algorithm, steps, options), **options}
         config = _config(config_kind, options, mode if any(w is not None for w in given) else "resample", decouple)
         widths = datasets[0].observations.shape[1], datasets[0].actions.shape[1]
+        if environment is not None:
+            _check_environment(environment, tuple(keys), widths)
+        batch_size = BATCHES.get(algorithm, 256) if batch_size is None else batch_size
+        if batch_size > min(map(len, datasets)):
+            rows = min(map(len, datasets))
+            warnings.warn(f"a batch of {batch_size} is drawn from {rows} rows: rows repeat", stacklevel=2)
         self.algorithm = kind(*widths, list(seeds), config, where)
+        weighed = {id(w): w.probs * len(w) for w in given if w is not None}
+        normalise = self.algorithm.normalises_states if normalise is None else normalise
         self.rows = Rows(
             datasets,
             where,
-            normalise=self.algorithm.normalises_states if normalise is None else normalise,
+            normalise=normalise,
             rewards=rewards,
-            weights=[w if w is None else w.weights for w in given] if mode == "reweight" else None,
+            weights=[w if w is None else weighed[id(w)] for w in given] if mode == "reweight" else None,
             next_actions=kind.needs_next_actions,
         )
         build = _Samplers(SAMPLERS[sampler], where, known_next_actions if kind.needs_next_actions else None)
@@ -138,7 +155,8 @@ class Trainer:
         chosen = [build(data, w, seed + (1 << 32)) for data, w, seed in zip(datasets, given, seeds, strict=True)]
         resampled = mode == "resample" and any(w is not None for w in given)
         self.label = label or _label(given, mode, decouple=decouple)
-        self.task, self.environment, self.keys, self.episodes = task, environment, tuple(keys), episodes
+        self.task, self.name = task, name
+        self.environment, self.keys, self.episodes = environment, tuple(keys), episodes
         self._own_evaluation = evaluate
         self.steps, self.every, self.out = steps, every, None if out is None else Path(out)
         self.training = Training(
@@ -146,16 +164,21 @@ class Trainer:
             self.rows,
             chosen if resampled and not decouple else uniform,
             chosen if resampled and decouple else None,
-            batch_size=batch_size or (512 if algorithm in ("bc", "onestep") else 256),
-            settings=self._settings(datasets, given, batch_size, sampler, mode, decouple, compile),
+            batch_size=batch_size,
+            settings=self._settings(datasets, given, rewards, batch_size, sampler, mode, decouple, compile, normalise),
         )
         if compile:
             vars(self.algorithm)["update"] = torch.compile(self.algorithm.update)
         self._priorities = list({id(w): w for w in given if w is not None}.values())
 
-    def _settings(self, datasets: Sequence[Transitions], given: Sequence[Any], *options: Any) -> dict[str, Any]:
-        prints = [data.fingerprint for data in datasets]
-        weights = [w if w is None else float(w.probs @ w.probs) for w in given]
+    def _settings(
+        self, datasets: Sequence[Transitions], given: Sequence[Any], rewards: Rewards | None, *options: Any
+    ) -> dict[str, Any]:
+        def digest(array: Any) -> str:
+            return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+        prints = [data.fingerprint + ("" if rewards is None else digest(rewards(data))) for data in datasets]
+        weights = [w if w is None else digest(w.probs) for w in given]
         shown = {"algorithm": self.algorithm.name, "config": dataclasses.asdict(self.algorithm.config)}
         return {**shown, "seeds": self.algorithm.seeds, "data": prints, "weights": weights, "options": list(options)}
 
@@ -206,15 +229,25 @@ class Trainer:
 
     def report(self) -> Report:
         """Scores so far: per seed, mean, IQM with its interval; see :class:`leap_oper.report.Report`."""
-        name = self.environment if isinstance(self.environment, str) else None
+        environment = self.environment if isinstance(self.environment, str) else ""
         return Report.of(
             algorithm=self.algorithm.name,
             label=self.label,
-            task=self.task or name or "",
+            task=self.task or self.name or environment,
+            environment=environment,
             seeds=self.algorithm.seeds,
             history=self.training.history,
             priorities=self._priorities,
         )
+
+
+def _check_environment(environment: str | Callable[[], Any], keys: tuple[str, ...], widths: tuple[int, int]) -> None:
+    """Make it once, so that what is wrong with it is said before work starts."""
+    made = make_environment(environment, keys) if isinstance(environment, str) else environment()
+    found = made.observation_space.shape[0], made.action_space.shape[0]
+    made.close()
+    if found != widths:
+        raise UserError(f"the environment has observation and action widths {found}, the data {widths}: give its own")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import tyro
 
 from leap_shared.cli import config as config_file
 from leap_shared.cli import output
-from leap_shared.cli.context import Context
+from leap_shared.cli.context import CONFIG, Context
 from leap_shared.errors import UserError, did_you_mean
 from leap_shared.files import write_text
 
@@ -114,8 +114,8 @@ class App:
 
         def write_config(folder: Path) -> None:
             head = f"# {output.version_line(self.name, self.package)}\n"
-            repeat = f"# {self.name} {verb} --config {shlex.quote(str(folder / 'config.yaml'))}\n"
-            write_text(folder / "config.yaml", head + repeat + config_file.dump(command, verb))
+            repeat = f"# {self.name} {verb} --config {shlex.quote(str(folder / CONFIG))}\n"
+            write_text(folder / CONFIG, head + repeat + config_file.dump(command, verb))
 
         folder = command.out or Path("runs", *verb.split())
         context = Context(command.device, command.seed, folder, write_config)
@@ -126,6 +126,9 @@ class App:
                 if command.out is not None:
                     _ = context.out
                 result = command.run(context)
+        except UserError:
+            context.discard()
+            raise
         finally:
             context.close()
         if context.is_main:

@@ -19,10 +19,11 @@ from leap_shared.files import ensure_folder
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Context", "Progress"]
+__all__ = ["CONFIG", "Context", "Progress"]
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL_SECONDS = 5.0
+CONFIG = "config.yaml"
 
 
 class Progress(Generic[Item]):
@@ -113,6 +114,7 @@ class Context:
     @cached_property
     def out(self) -> Path:
         """The output folder, which exists from now on and holds the `config.yaml` of this run."""
+        self._is_new = not self._out.exists()
         ensure_folder(self._out)
         if self.is_main:
             self._on_out(self._out)
@@ -140,6 +142,12 @@ class Context:
     def log(self, text: str) -> None:
         """Write one line to stderr, above the bars."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def discard(self) -> None:
+        """Remove the output folder of a refused run where this run made it and wrote nothing but its config."""
+        if "out" in vars(self) and self._is_new and self.is_main and [p.name for p in self.out.iterdir()] == [CONFIG]:
+            (self.out / CONFIG).unlink()
+            self.out.rmdir()
 
     def close(self) -> None:
         """End whatever progress is still shown."""

@@ -148,7 +148,7 @@ class DataFiles:
     """
 
     def __init__(self, out: Path, environment: str, spec: Any, formats: Sequence[str]) -> None:
-        self.out, self.environment, self.spec, self.formats = out, environment, spec, formats
+        self.out, self.environment, self.spec, self.formats = out.resolve(), environment, spec, formats
         self.name = environment.replace("/", "-")
         self.entries: dict[str, dict[str, Any]] = {}
 

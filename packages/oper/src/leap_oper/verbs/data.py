@@ -39,18 +39,21 @@ class DataCommand(Command):
     max_episode_steps: int | None = None
     """Time limit of a .hdf5 file without timeouts."""
     keys: tuple[str, ...] = ()
-    """Of Dict observations, in the order in which they are joined."""
+    """Of Dict observations in Minari data and in the environment, in the order in which they are joined."""
 
     def load(self) -> Transitions:
         """The transitions."""
         from leap_shared.offline.scores import tasks
         from leap_shared.offline.sources import load
 
-        options: dict[str, Any] = {"keys": self.keys} if self.keys else {}
+        names = ("compat", "split", "next_obs", "max_episode_steps")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(DataCommand, name)}
         if Path(self.data).suffix in HDF5 or self.data in tasks():
-            names = ("task", "compat", "split", "next_obs", "max_episode_steps")
-            options |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return load(self.data, self.root, **options)
+            return load(self.data, self.root, **given, **({} if self.task is None else {"task": self.task}))
+        if given:
+            raise UserError(f"{', '.join(given)} are for .hdf5 files, and {self.data} is none: leave them out")
+        minari = self.keys and Path(self.data).suffix != ".npz"
+        return load(self.data, self.root, **({"keys": self.keys} if minari else {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +188,29 @@ class GenerateMaze(Command):
     """Part of the episodes that head for the goal."""
     noise: float = 0.5
     """Standard deviation of the noise on the actions."""
+    walk: bool = False
+    """D4RL's way instead: one endless walk with a new goal after each success, as .hdf5 and Minari with a manifest."""
+    rows: int = 1_000_000
+    """Of the walk."""
+    formats: tuple[Literal["d4rl", "minari"], ...] = ("d4rl",)
+    """Of the walk."""
 
     def run(self, context: Context) -> object:
-        """Simulate and write maze.npz."""
+        """Simulate and write maze.npz, or the walk's files."""
         from leap_shared.offline import PointMaze, generate
 
+        if self.walk:
+            from leap_shared.offline.generation import generate_point_maze
+
+            steps: Progress[Any] = context.progress(description="steps", total=self.rows)
+            manifest = generate_point_maze(
+                context.out,
+                rows=self.rows,
+                seed=self.seed,
+                formats=self.formats,
+                progress=lambda count, text: steps.advance(count, text=text),
+            )
+            return manifest if self.json else manifest["files"]
         maze = PointMaze(self.episodes, self.episode_steps, self.goal_fraction, self.noise)
         bar: Progress[Any] = context.progress(description="episodes", total=self.episodes)
         dataset = generate(maze, self.seed, context.out / "maze.npz", bar.advance)

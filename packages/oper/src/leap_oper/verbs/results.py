@@ -68,7 +68,7 @@ class Bench(Command):
 
     Examples:
         leap-oper bench --json
-        leap-oper bench --only td3bc iql
+        leap-oper bench --only samplers trainers
     """
 
     only: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import tyro
 
 from leap_oper.verbs.data import DataCommand
 from leap_shared.cli import Command, Context, Progress
+from leap_shared.errors import UserError
 from leap_shared.offline.algorithms import ALGORITHMS
 
 __all__ = ["TRAIN", "Eval", "Sweep"]
@@ -36,8 +37,10 @@ class _Train(DataCommand):
     """Use only the rows of the best percent of returns."""
     seeds: int = 5
     """How many seeds, trained as one program; the first is --seed."""
-    steps: int = 1_000_000
-    """Updates of each."""
+    steps: int | None = None
+    """Updates of each; None is the authors' number."""
+    preset: str | None = None
+    """D4RL task whose hyperparameters the authors of IQL or CQL give; flags go before them."""
     every: int = 5000
     """Updates between evaluations, records and checkpoints."""
     env: str | None = None
@@ -67,6 +70,9 @@ class _Train(DataCommand):
         default = type(config)()
         changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         changed = {name: value for name, value in changed.items() if value != getattr(default, name)}
+        changed = {**recipes.preset(type(config), self.preset), **changed}
+        if self.weights is None and (self.std is not None or self.iteration is not None or self.decouple):
+            raise UserError("std, iteration and decouple are for priorities: give --weights too")
         dataset = recipes.chosen_rows(self.load(), self.top)
         trainer = Trainer(
             self.verb.split()[1],
@@ -81,6 +87,7 @@ class _Train(DataCommand):
             keys=self.keys,
             episodes=self.episodes,
             task=self.task,
+            name=Path(self.data).stem,
             batch_size=self.batch_size,
             sampler=self.sampler,
             rewards=recipes.REWARDS[self.rewards],
@@ -89,9 +96,8 @@ class _Train(DataCommand):
             device=str(context.device),
             **changed,
         )
-        bar: Progress[Any] = context.progress(
-            description=f"{self.verb}: updates of {self.seeds} seeds", total=self.steps
-        )
+        what = f"{self.verb}: updates of {self.seeds} seeds"
+        bar: Progress[Any] = context.progress(description=what, total=trainer.steps)
         trainer.train(progress=lambda count, text: bar.advance(count, text=text))
         report = trainer.report()
         return report.to_json() if self.json else str(report)
@@ -143,13 +149,18 @@ class Eval(Command):
         from leap_oper.report import Report
         from leap_oper.trainer import POLICIES
         from leap_shared.offline.policies import Policies
+        from leap_shared.offline.scores import reference
 
+        if self.task is not None:
+            reference(self.task)
         policies = Policies.load(self.run_folder / POLICIES, context.device)
         returns = policies.returns(self.env, self.episodes, self.seed, keys=self.keys)
         algorithm = policies.algorithm
         history = [{"update": 0, "returns": returns.mean(axis=1).tolist()}]
         seeds = algorithm.seeds
-        report = Report.of(algorithm=algorithm.name, label="", task=self.task or self.env, seeds=seeds, history=history)
+        task, environment = self.task or self.env, self.env
+        facts: dict[str, Any] = {"seeds": seeds, "history": history, "task": task, "environment": environment}
+        report = Report.of(algorithm=algorithm.name, label="", **facts)
         rows = zip(seeds, returns, report.final, strict=True)
         return [{"seed": s, "return": r.mean(), "std": r.std(), "score": f, "unit": report.unit} for s, r, f in rows]
 
@@ -174,8 +185,8 @@ class Sweep(Command):
     """uniform, oper-r or oper-a."""
     seeds: int = 5
     """How many seeds; the first is --seed."""
-    steps: int = 1_000_000
-    """Updates of each run."""
+    steps: int | None = None
+    """Updates of each run; None is the authors' number."""
     every: int = 5000
     """Updates between evaluations."""
     env: str | None = None
