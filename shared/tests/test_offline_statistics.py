@@ -34,6 +34,13 @@ def test_the_bootstrap_interval_of_a_mean_is_the_normal_one() -> None:
     assert found.high == pytest.approx(scores.mean() + reach, abs=0.1 * reach)
 
 
+def test_one_run_shows_no_spread() -> None:
+    found = bootstrap(np.array([[5.0]]))
+    assert (found.low, found.value, found.high) == (-np.inf, 5.0, np.inf)
+    chance = probability_of_improvement(np.array([[5.0]]), np.array([[1.0], [2.0]]))
+    assert (chance.low, chance.value, chance.high) == (0.0, 1.0, 1.0)
+
+
 def test_tasks_are_strata_that_never_mix() -> None:
     scores = np.array([[0.0, 100.0]] * 5)
     found = bootstrap(scores, lambda x: x.mean(axis=(-2, -1)))

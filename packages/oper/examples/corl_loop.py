@@ -1,4 +1,3 @@
-# ruff: noqa: T201 - this page shows something
 """A TD3+BC loop as CORL's single files have it, whose ReplayBuffer is replaced by an import and two arguments.
 
 A point on a line gets -|position| at each step and moves by its action, with noise. Three episodes in ten steer to the

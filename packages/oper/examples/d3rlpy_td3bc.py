@@ -1,4 +1,3 @@
-# ruff: noqa: T201 - this page shows something
 """TD3+BC of d3rlpy on uniform batches, on prioritised ones, and with only the actor's prioritised (decoupled).
 
 A point on a line gets -|position| at each step and moves by its action, with noise. Three episodes in ten steer to the

@@ -1,4 +1,3 @@
-# ruff: noqa: T201 - this page shows something
 """Priorities in torchrl: uniform, resampled and reweighted batches of one storage, and a policy cloned from each.
 
 A point on a line gets -|position| at each step and moves by its action, with noise. Three episodes in ten steer to the

@@ -180,6 +180,14 @@ def test_methods_are_compared_with_uniform_sampling_on_the_same_tasks() -> None:
     assert rows["oper-r"]["CORL last"] == list(corl_scores("hopper-medium-v2", "td3bc")["last"])
 
 
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    one = report("uniform", "", [3.0])
+    assert "one seed: no interval" in str(one)
+    (tmp_path / "result.json").write_text(json.dumps(one.to_json()))
+    assert write_report([tmp_path], tmp_path / "out")[0]["iqm interval"] is None
+    assert "1.5 (one seed)" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_several_tasks_get_a_row_of_their_own() -> None:
     runs = [report("uniform", task, [100.0, 200.0]) for task in ("hopper-medium-v2", "walker2d-medium-v2")]
     assert [row["task"] for row in summarise(runs)] == ["hopper-medium-v2", "walker2d-medium-v2", "2 tasks"]

@@ -48,6 +48,8 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     def interval(name: str, form: str) -> str:
         if row.get(name) is None:
             return "–"
+        if row[f"{name} interval"] is None:
+            return f"{row[name]:{form}} (one seed)"
         low, high = row[f"{name} interval"]
         return f"{row[name]:{form}} ({low:{form}} to {high:{form}})"
 

@@ -123,7 +123,8 @@ class Report:
             return f"{self.algorithm}, {self.label}: trained, never evaluated (give an environment)"
         seeds = ", ".join(f"seed {seed} {score:.1f}" for seed, score in zip(self.seeds, self.final, strict=True))
         iqm = self.iqm()
-        spread = f"IQM {iqm.value:.1f} (95% interval {iqm.low:.1f} to {iqm.high:.1f})"
+        interval = f"95% interval {iqm.low:.1f} to {iqm.high:.1f}" if len(self.seeds) > 1 else "one seed: no interval"
+        spread = f"IQM {iqm.value:.1f} ({interval})"
         head = f"{self.algorithm}, {self.label}, {self.task or 'no task'} (score: {self.unit})"
         return f"{head}\n  {seeds}\n  mean {self.final.mean():.1f} ± {self.final.std():.1f}, {spread}"
 
@@ -192,7 +193,8 @@ def _row(reports: Sequence[Report], known: Sequence[Report]) -> dict[str, Any]:
         return {**row, "mean": float(np.concatenate([r.final for r in reports]).mean()), "iqm": None}
     iqm = bootstrap(scores)
     row |= {"seeds": len(scores), "mean": float(scores.mean()), "std": float(scores.mean(axis=1).std())}
-    row |= {"iqm": iqm.value, "iqm interval": [iqm.low, iqm.high], "improvement": None, "improvement interval": None}
+    row |= {"iqm": iqm.value, "iqm interval": [iqm.low, iqm.high] if len(scores) > 1 else None}
+    row |= {"improvement": None, "improvement interval": None}
     rivals = [
         next((r for r in known if (r.algorithm, r.label, r.task) == (first.algorithm, BASELINE, task)), None)
         for task in tasks

@@ -50,7 +50,7 @@ def _blocks(resamples: int) -> list[int]:
 def bootstrap(
     scores: Scores, statistic: Statistic = interquartile_mean, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """A statistic of all runs and its percentile interval (95%) by the stratified bootstrap.
+    """A statistic of all runs and its percentile interval (95%) by the stratified bootstrap; one run shows no spread.
 
     Args:
         scores: one row per run; every task is a stratum.
@@ -64,7 +64,7 @@ def bootstrap(
     generator = np.random.default_rng(seed)
     scores = _checked(scores)
     drawn = np.concatenate([statistic(_resampled(scores, generator, n)) for n in _blocks(resamples)])
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist() if len(scores) > 1 else (-np.inf, np.inf)
     return Estimate(float(statistic(scores)), low, high)
 
 
@@ -85,4 +85,5 @@ def probability_of_improvement(ours: Scores, theirs: Scores, resamples: int = RE
 
     pairs = [(_resampled(ours, generator, n), _resampled(theirs, generator, n)) for n in _blocks(resamples)]
     low, high = np.quantile(np.concatenate([wins(x, y) for x, y in pairs]), [0.025, 0.975]).tolist()
+    low, high = (low, high) if min(len(ours), len(theirs)) > 1 else (0.0, 1.0)
     return Estimate(float(wins(ours, theirs)), low, high)
