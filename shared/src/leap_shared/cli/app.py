@@ -60,7 +60,7 @@ class Command:
 class App:
     """Command line of one package: ``app = App("leap-oper", "leap_oper", (Train, Demo))``, then ``app.main()``.
 
-    Adds the verb `info` and the flag ``--version``. Exit codes: 0, 2 for the user's errors (one line on stderr), 130
+    Adds the flag ``--version`` and, unless a command has that name, the verb `info`. Exit codes: 0, 2 for the user's errors (one line on stderr), 130
     for an interrupt, 141 for a closed pipe, 1 with its traceback for anything else.
     """
 
@@ -90,7 +90,8 @@ class App:
         sys.exit(code)
 
     def _dispatch(self, arguments: list[str]) -> None:
-        verbs = {command.verb_name(): command for command in (*self.commands, _info_command(self.package))}
+        verbs = {command.verb_name(): command for command in self.commands}
+        verbs.setdefault("info", _info_command(self.package))
         if arguments[:1] == ["--version"]:
             sys.stdout.write(output.version_line(self.name, self.package) + "\n")
             return

@@ -290,14 +290,14 @@ def drop_computed(state: Mapping[str, Tensor], model: nn.Module | None = None) -
     return {key: value for key, value in state.items() if not key.endswith(("relative_position_index", "attn_mask"))}
 
 
-def pretrained_config(body: type[Body], **changes: Any) -> dict[str, Any]:
-    """What timm wants to know of a variant: size, preprocessing, names of first and last layer."""
+def pretrained_config(body: type[Any], **changes: Any) -> dict[str, Any]:
+    """What timm wants to know of a variant: size, preprocessing, names of first (`body.first_conv`) and last layer."""
     defaults = {"num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True, "pool_size": (7, 7)}
     pictures = {"crop_pct": 0.9, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     return {**defaults, **pictures, "first_conv": body.first_conv, "classifier": "head", **changes}
 
 
-def build(body: type[Body], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def build(body: type[nn.Module], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """What a function registered with timm returns: the model, or with `features_only` a pyramid for every size."""
     if kwargs.get("features_only"):
         kwargs.setdefault("dynamic_img_size", True)

@@ -1,0 +1,28 @@
+"""FLatten Transformer: vision transformers with focused linear attention (Han et al., ICCV 2023)."""
+
+from __future__ import annotations
+
+from leap_flatten import functional
+from leap_flatten.attention import CSWinFocusedLinearAttention, FocusedLinearAttention, PVTFocusedLinearAttention
+from leap_flatten.checkpoints import create_model, load_official, save_safetensors
+from leap_flatten.models import FlattenCSWin, FlattenDeiT, FlattenPVT, FlattenPVTv2, FlattenSwin
+from leap_flatten.models.variants import VARIANTS
+
+__version__ = "0.0.1"
+
+__all__ = [
+    "VARIANTS",
+    "CSWinFocusedLinearAttention",
+    "FlattenCSWin",
+    "FlattenDeiT",
+    "FlattenPVT",
+    "FlattenPVTv2",
+    "FlattenSwin",
+    "FocusedLinearAttention",
+    "PVTFocusedLinearAttention",
+    "__version__",
+    "create_model",
+    "functional",
+    "load_official",
+    "save_safetensors",
+]

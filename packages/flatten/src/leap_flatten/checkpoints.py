@@ -1,0 +1,208 @@
+"""The authors' files and this package's: reading, fitting to another image size, naming the variant, writing."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from leap_flatten import models  # registers the variants
+from leap_flatten.attention import Focused
+from leap_flatten.models.variants import VARIANTS, find
+from leap_shared.checkpoints import Report, load_into, read, unwrap, write_safetensors
+from leap_shared.errors import UserError
+from leap_shared.vision.bodies import WindowAttention, drop_computed
+from leap_shared.vision.bodies.grids import Size, resample_grid
+
+__all__ = ["create_model", "load_official", "read_official", "resize_tables", "save_safetensors", "variants_of"]
+
+log = logging.getLogger(__name__)
+
+
+def create_model(
+    name: str, *, pretrained: bool | str | Path = False, checkpoint: str | Path | None = None, **options: Any
+) -> nn.Module:
+    """A named variant, with the weights of a file where one is given.
+
+    Args:
+        name: of a variant, see `VARIANTS`.
+        pretrained: the path of a checkpoint, as `checkpoint`; there is no address that weights could be fetched from.
+        checkpoint: the authors' .pth or this package's .safetensors; it may be for another image size or, with another
+            `num_classes`, lack the head's weights.
+        **options: of the model's class, and timm's, as `num_classes`, `img_size` or `drop_path_rate`.
+
+    Raises:
+        UserError: the name is unknown, an option is impossible, or the file does not fit.
+    """
+    find(name)
+    if pretrained is True:
+        raise UserError(f"{name} has no weights to download: give the path of a file, checkpoint='flatten_swin_t.pth'")
+    path = checkpoint or pretrained or None
+    try:
+        model: nn.Module = timm.create_model(name, **options)
+    except TypeError as error:
+        raise UserError(f"{name} does not take {options}: {error}") from error
+    if path is not None:
+        load_official(model, path, resize=True, new_head="num_classes" in options)
+    return model
+
+
+def read_official(path: str | Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+    """Weights of a file by the authors' names, without index tables and masks; its pickled config is never run.
+
+    Args:
+        path: a .pth (bare state dict, or in the authors' envelope) or a .safetensors.
+        use_ema: take the moving average.
+
+    Raises:
+        UserError: the file is missing, damaged or no checkpoint, or has no moving average.
+    """
+    return drop_computed(unwrap(read(path, skip_foreign=True), ema=use_ema))
+
+
+def load_official(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    use_ema: bool = False,
+    resize: bool = False,
+    source_size: Size | None = None,
+    new_head: bool = False,
+) -> Report:
+    """Load a file into a model, every entry or none.
+
+    Args:
+        model: one of this package's.
+        path, use_ema: see `read_official`.
+        resize: resample tables where the file is for another image size, as the authors' fine-tuning loader does.
+        source_size: height and width in pixels that the file is for, where the image was not square.
+        new_head: zero the head where the file's has another number of classes, instead of refusing the file.
+
+    Returns:
+        What was loaded; everything fits, or it raises.
+
+    Raises:
+        UserError: something does not fit: says what first, and which variant would.
+    """
+    state = read_official(path, use_ema=use_ema)
+    if resize:
+        state = resize_tables(model, state, source_size)
+    own = model.state_dict()
+    head = [name for name in ("head.weight", "head.bias") if name in own]
+    if new_head and any(name not in state or state[name].shape != own[name].shape for name in head):
+        log.warning("%s: its head does not fit %d classes, so the head starts at zero", path, len(own["head.bias"]))
+        state = {**state, **{name: torch.zeros_like(own[name]) for name in head}}
+    try:
+        return load_into(model, state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}. {_advice(model, state, resize)}") from error
+
+
+def _advice(model: nn.Module, state: Mapping[str, Tensor], resize: bool) -> str:
+    own = model.state_dict()
+    tables = [name for name, value in state.items() if name in own and value.shape != own[name].shape]
+    if not resize and state.keys() == own.keys() and all(_is_table(name) for name in tables):
+        return "It is for another image size: pass resize=True"
+    fitting = variants_of(state)
+    if fitting:
+        return f"It fits {' or '.join(fitting)}"
+    return "It fits no variant of this package: is it one of the authors' classification checkpoints?"
+
+
+def _is_table(name: str) -> bool:
+    leaf = name.rpartition(".")[2]
+    return leaf.startswith("pos_embed") or leaf in (
+        "positional_encoding",
+        "relative_position_bias_table",
+        "absolute_pos_embed",
+    )
+
+
+@cache
+def _schema(name: str) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def variants_of(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the variants that a state dict fits: exactly, or else but for the head and the image size."""
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    exact = [name for name in VARIANTS if _schema(name) == shapes]
+    if exact:
+        return exact
+
+    def body(of: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...] | None]:
+        return {key: None if _is_table(key) else shape for key, shape in of.items() if not key.startswith("head.")}
+
+    return [name for name in VARIANTS if body(_schema(name)) == body(shapes)]
+
+
+def resize_tables(model: nn.Module, state: Mapping[str, Tensor], source_size: Size | None = None) -> dict[str, Tensor]:
+    """State dict whose tables of another image size are resampled to the model's, by the rules of fine-tuning.
+
+    Positional encodings, relative position biases and absolute embeddings: bicubic; PVT's `pos_embed`: bilinear.
+
+    Raises:
+        UserError: the file's grid can't be told from its tables: give `source_size`.
+    """
+    own = model.state_dict()
+    resized = dict(state)
+    for name, value in state.items():
+        if _is_table(name) and name in own and value.shape != own[name].shape and value.ndim == own[name].ndim:
+            resized[name] = _resized(model, name, value, source_size)
+    return resized
+
+
+def _resized(model: nn.Module, name: str, table: Tensor, source_size: Size | None) -> Tensor:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    image: Size = model.img_size  # type: ignore[assignment]
+    if isinstance(owner, WindowAttention):
+        old, new = math.isqrt(table.shape[0]), 2 * owner.window - 1
+        if old * old != table.shape[0]:
+            raise UserError(f"{name} has {table.shape[0]} rows: expected a square number")
+        return resample_grid(table[None].float(), (old, old), (new, new))[0].to(table.dtype)
+    prefix = 0
+    if isinstance(owner, Focused):
+        grid, prefix = owner.grid, owner.prefix_tokens
+    elif isinstance(model, models.FlattenDeiT):
+        grid, prefix = model.grid, 1
+    else:
+        stage = int(name[-1]) - 1 if name[-1].isdigit() else 0
+        grid = (image[0] // (4 << stage), image[1] // (4 << stage))
+    old_grid = _grid_of(name, table.shape[1] - prefix, grid, image, source_size)
+    mode = "bilinear" if isinstance(model, models.FlattenPVT) and name.startswith("pos_embed") else "bicubic"
+    places = resample_grid(table[:, prefix:], old_grid, grid, mode)
+    return torch.cat((table[:, :prefix], places), 1)
+
+
+def _grid_of(name: str, count: int, grid: Size, image: Size, source_size: Size | None) -> Size:
+    """Height and width of a file's table of `count` rows, for which the model has `grid` at the size `image`."""
+    side = math.isqrt(count)
+    guesses = [(side, side)]
+    if source_size is not None:
+        guesses = [(grid[0] * source_size[0] // image[0], grid[1] * source_size[1] // image[1]), *guesses]
+    elif grid[0] != grid[1]:  # a stripe keeps its width; a map its ratio
+        factor = math.sqrt(count / (grid[0] * grid[1]))
+        scaled = (round(grid[0] * factor), round(grid[1] * factor))
+        guesses = [*guesses, (count // grid[1], grid[1]), (grid[0], count // grid[0]), scaled]
+    for guess in guesses:
+        if guess[0] * guess[1] == count:
+            return guess
+    raise UserError(f"{name} has {count} rows, and nothing tells their height and width: pass source_size=(H, W)")
+
+
+def save_safetensors(model: nn.Module, path: str | Path) -> None:
+    """Write the model's weights under the authors' names, readable by `load_official` and by any safetensors reader.
+
+    Raises:
+        UserError: the folder is missing or not writable.
+    """
+    write_safetensors(Path(path), model.state_dict(), {"format": "pt", "model": type(model).__name__})
