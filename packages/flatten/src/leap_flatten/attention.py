@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from leap_flatten.functional import EPSILON, attend, check_focus
+from leap_flatten import ops
+from leap_flatten.functional import EPSILON, Keys, attend, check_finite, check_focus, epsilon_of, is_traced
 from leap_flatten.ops.reference import widest
 from leap_shared.errors import UserError
+from leap_shared.ops import requested
 from leap_shared.vision.bodies.grids import (
     Number,
     Size,
@@ -54,8 +56,9 @@ class Focused(nn.Module):
         super().__init__()
         if dim < 1 or num_heads < 1 or dim % num_heads:
             raise UserError(f"{dim} channels and {num_heads} heads: the channels must be a multiple of the heads")
-        if min(grid) < 1:
-            raise UserError(f"a map of {grid[0]}x{grid[1]} tokens: expected 1 or more each way")
+        if prefix_tokens < 0:
+            raise UserError(f"prefix_tokens {prefix_tokens}: expected 0 or more")
+        _check_grid(grid)
         check_focus(focusing_factor, kernel_size, denominator)
         self.num_heads, self.grid, self.prefix_tokens = num_heads, grid, prefix_tokens
         self.focusing_factor, self.denominator = focusing_factor, denominator
@@ -75,6 +78,7 @@ class Focused(nn.Module):
 
     def set_input_size(self, hw: Size) -> None:
         """Resample the positional encoding to another map once, in place."""
+        _check_grid(hw)
         replace_data(self.positional_encoding, self.position_for(hw))
         self.grid = hw
 
@@ -84,15 +88,59 @@ class Focused(nn.Module):
         assert bias is not None  # noqa: S101 - for the type checker
         return self.dwc.weight, bias
 
-    def attend(self, query: Tokens, key: Tokens, value: Tokens, hw: Size, grid: Size | None = None) -> Tokens:
+    def _features(self) -> tuple[Tensor | None, Tensor]:
+        """Gain and floor of the features; no gain where the scale is folded into the projections."""
+        if self.floor is not None:
+            return None, self.floor
+        gain = 1 / F.softplus(self.scale.flatten().to(widest(self.scale.dtype)))
+        return gain, EPSILON * gain
+
+    def attend(self, query: Tokens, key: Keys, value: Keys, hw: Size, grid: Size | None = None) -> Tokens:
         """Attention and convolution of projected tokens; `grid` is that of the keys where it is not `hw`."""
         position = self.position_for(grid or hw)[0]
-        gain, floor = None, self.floor
-        if floor is None:
-            gain = 1 / F.softplus(self.scale.flatten().to(widest(self.scale.dtype)))
-            floor = EPSILON * gain
-        numbers = (self.num_heads, self.focusing_factor, self.denominator, hw)
-        return attend(query, key, value, position, gain, floor, *self.kernels(), *numbers)
+        gain, floor = self._features()
+        weight, bias = self.kernels()
+        numbers = (self.num_heads, self.focusing_factor, self.denominator)
+        return attend(query, key, value, position, gain, floor, weight, bias, *numbers, hw)
+
+    def attend_at_once(
+        self, x: Tokens, hw: Size, query: Projection, key: Projection, value: Projection, out: nn.Linear
+    ) -> Tokens:
+        """Projections, attention and convolution as one operator, see `_at_once`."""
+        position, (gain, floor), (weight, bias) = self.position_for(hw)[0], self._features(), self.kernels()
+        tensors = (position, gain, floor, weight, bias, out.weight, out.bias)
+        epsilon = epsilon_of(self.denominator, x.shape[1])
+        return ops.focused_linear_attention_layer(
+            x, *query, *key, *value, *tensors, self.num_heads, float(self.focusing_factor), epsilon, *hw
+        )
+
+
+Projection = tuple[Tensor, Tensor | None]
+
+
+def _rows(linear: nn.Linear, first: int, last: int) -> Projection:
+    """Weights and biases of some outputs of a linear layer."""
+    bias: Tensor | None = linear.bias
+    return linear.weight[first:last], None if bias is None else bias[first:last]
+
+
+def _at_once(x: Tensor, *linears: nn.Linear) -> bool:
+    """Whether the operator that projects too may serve: eager inference in full precision on a CPU, plain layers."""
+    eager = not (torch.is_grad_enabled() or is_traced())
+    plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and requested() in ("auto", "cpu")
+    if not (eager and plain) or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(
+        type(linear) is nn.Linear
+        and linear.weight.dtype == x.dtype
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        for linear in linears
+    )
+
+
+def _check_grid(grid: Size) -> None:
+    if min(grid) < 1:
+        raise UserError(f"a map of {grid[0]}x{grid[1]} tokens: expected 1 or more each way")
 
 
 def _check_tokens(x: Tensor, dim: int, count: int, hw: Size) -> None:
@@ -143,13 +191,28 @@ class FocusedLinearAttention(Focused):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tokens, hw: Size | None = None) -> Tokens:
-        """Tokens (batch, prefix + height * width, dim), row-major, to tokens of the same shape."""
+    def forward(
+        self, x: Tokens, hw: Size | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tokens:
+        """Tokens (batch, prefix + height * width, dim), row-major, to tokens of the same shape.
+
+        `attn_mask` and `is_causal` are there because timm's blocks pass them; a mask is refused.
+        """
+        if attn_mask is not None or is_causal:
+            given = f"attn_mask of type {type(attn_mask).__name__} and is_causal={is_causal}"
+            raise UserError(f"{given}: linear attention sums its keys once for all queries, pass None and False")
         hw = hw or self.grid
         _check_tokens(x, self.scale.shape[2], self.prefix_tokens + hw[0] * hw[1], hw)
-        query, key, value = self.qkv(x).unflatten(2, (3, -1)).unbind(2)
-        out: Tensor = self.proj_drop(self.proj(self.attend(query, key, value, hw)))
-        return out
+        check_finite("input", x)
+        if _at_once(x, self.qkv, self.proj):
+            dim = x.shape[2]
+            query, key, value = (_rows(self.qkv, first, first + dim) for first in (0, dim, 2 * dim))
+            out = self.attend_at_once(x, hw, query, key, value, self.proj)
+        else:
+            q, k, v = self.qkv(x).chunk(3, 2)
+            out = self.proj(self.attend(q, k, v, hw))
+        dropped: Tensor = self.proj_drop(out)
+        return dropped
 
 
 class PVTFocusedLinearAttention(Focused):
@@ -199,12 +262,17 @@ class PVTFocusedLinearAttention(Focused):
         """Tokens (batch, height * width, dim), row-major, to tokens of the same shape."""
         hw = hw or (self.grid[0] * self.sr_ratio, self.grid[1] * self.sr_ratio)
         _check_tokens(x, self.scale.shape[2], hw[0] * hw[1], hw)
-        grid, query = self._reduced(hw), self.q(x)
-        if self.sr_ratio > 1:
-            x = self.norm(to_tokens(self.sr(to_image(x, hw))))
-        key, value = self.kv(x).unflatten(2, (2, -1)).unbind(2)
-        out: Tensor = self.proj_drop(self.proj(self.attend(query, key, value, hw, grid)))
-        return out
+        check_finite("input", x)
+        grid, dim = self._reduced(hw), x.shape[2]
+        if self.sr_ratio == 1 and _at_once(x, self.q, self.kv, self.proj):
+            projections = _rows(self.q, 0, dim), _rows(self.kv, 0, dim), _rows(self.kv, dim, 2 * dim)
+            out = self.attend_at_once(x, hw, *projections, self.proj)
+        else:
+            shrunk = self.norm(to_tokens(self.sr(to_image(x, hw)))) if self.sr_ratio > 1 else x
+            key, value = self.kv(shrunk).chunk(2, 2)
+            out = self.proj(self.attend(self.q(x), key, value, hw, grid))
+        dropped: Tensor = self.proj_drop(out)
+        return dropped
 
 
 class CSWinFocusedLinearAttention(Focused):
@@ -249,4 +317,6 @@ class CSWinFocusedLinearAttention(Focused):
         if qkv.ndim != 4 or qkv.shape[0] != 3:
             raise UserError(f"qkv of shape {tuple(qkv.shape)}: expected (3, stripes, tokens, channels)")
         _check_tokens(qkv[0], self.scale.shape[2], hw[0] * hw[1], hw)
-        return self.attend(*qkv.unbind(0), hw)
+        check_finite("qkv", qkv)
+        query, key, value = qkv.unbind(0)
+        return self.attend(query, key, value, hw)

@@ -80,7 +80,8 @@ def load_official(
 
     Args:
         model: one of this package's.
-        path, use_ema: see `read_official`.
+        path: see `read_official`.
+        use_ema: see `read_official`.
         resize: resample tables where the file is for another image size, as the authors' fine-tuning loader does.
         source_size: height and width in pixels that the file is for, where the image was not square.
         new_head: zero the head where the file's has another number of classes, instead of refusing the file.

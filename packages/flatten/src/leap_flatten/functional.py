@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,15 @@ from torch import Tensor
 from leap_flatten import ops
 from leap_flatten.ops import reference
 from leap_shared.errors import UserError
-from leap_shared.ops import BACKENDS, use
+from leap_shared.ops import BACKENDS, backends, use
 from leap_shared.vision.bodies.grids import Number, Size, Tokens
 
-__all__ = ["DENOMINATORS", "EPSILON", "attend", "check_focus", "focus", "focused_linear_attention", "stretch"]
+__all__ = ["DENOMINATORS", "EPSILON", "Keys", "attend", "check_finite", "check_focus", "epsilon_of", "focus"]
+__all__ += ["focused_linear_attention", "stretch"]
 
 EPSILON = 1e-6
 DENOMINATORS = ("mean", "sum")
+Keys = Float[Tensor, "batch keys channels"]
 
 
 def check_focus(power: Number, kernel_size: int, denominator: str) -> None:
@@ -31,27 +34,57 @@ def check_focus(power: Number, kernel_size: int, denominator: str) -> None:
         raise UserError(f"denominator {denominator!r}: expected 'mean' (current release) or 'sum' (first release)")
 
 
+def is_traced() -> bool:
+    """Whether a graph is being made, in which tensors have no values to look at."""
+    jit: Any = torch.jit
+    return bool(torch.compiler.is_compiling() or jit.is_tracing())
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raise UserError where an input holds NaN or infinity, as far as that costs nothing to speak of.
+
+    A sum of the input takes less than 1% of a layer's time on a CPU. A GPU would have to be waited for, a graph that is
+    compiled or exported has no values to look at, and what a differentiable model makes inside itself is judged by its
+    loss: these are not looked at, and NaN goes through to the output.
+    """
+    if is_traced() or x.device.type != "cpu" or x.grad_fn is not None:
+        return
+    with torch.no_grad():
+        try:
+            finite = x.sum(dtype=reference.widest(x.dtype)).isfinite() or x.isfinite().all()  # sums may overflow
+        except RuntimeError:  # vmap and other tracers have no values either
+            return
+    if not finite:
+        raise UserError(f"{name} of shape {tuple(x.shape)} holds NaN or infinity: expected finite numbers")
+
+
 def focus(x: Float[Tensor, "*shape channels"], p: Number = 3) -> Float[Tensor, "*shape channels"]:
     """Focused feature map of non-negative vectors, x^p / ||x^p|| * ||x|| (eq. 6); zero stays zero.
 
     Raises:
-        UserError: p is not above 0, or `x` holds no floating-point numbers.
+        UserError: p is not above 0, or `x` holds no floating-point or no finite numbers.
     """
     check_focus(p, 1, "mean")
     if not x.is_floating_point():
         raise UserError(f"x is of type {x.dtype}: expected floating-point numbers")
+    check_finite("x", x)
     return reference.focus(x.to(reference.widest(x.dtype)), p).to(x.dtype)
 
 
-def stretch(value: Tokens, count: int) -> Tokens:
+def epsilon_of(denominator: str, keys: int) -> float:
+    """What is added to q . mean of k: 1e-6 beside a sum over keys is that much less beside their mean."""
+    return EPSILON if denominator == "mean" else EPSILON / keys
+
+
+def stretch(value: Tokens, count: int) -> Float[Tensor, "batch stretched channels"]:
     """Interpolate tokens linearly along their flattened axis, align_corners False, as PVT's reduced values are."""
     return F.interpolate(value.transpose(1, 2), count, mode="linear", align_corners=False).transpose(1, 2)
 
 
 def attend(
     query: Tokens,
-    key: Tokens,
-    value: Tokens,
+    key: Keys,
+    value: Keys,
     position: Float[Tensor, "keys channels"] | None,
     gain: Float[Tensor, " channels"] | None,
     floor: Float[Tensor, " channels"],
@@ -63,8 +96,7 @@ def attend(
     hw: Size,
 ) -> Tokens:
     """The operator, with values stretched for the convolution where there are fewer keys than queries."""
-    epsilon = EPSILON if denominator == "mean" else EPSILON / key.shape[1]
-    numbers = (num_heads, float(power), epsilon)
+    numbers = (num_heads, float(power), epsilon_of(denominator, key.shape[1]))
     tensors = (query, key, value, position, gain, floor)
     if weight is None or value.shape[1] >= hw[0] * hw[1]:
         return ops.focused_linear_attention(*tensors, weight, bias, *numbers, *hw)
@@ -74,10 +106,10 @@ def attend(
 
 def focused_linear_attention(
     q: Tokens,
-    k: Tokens,
-    v: Tokens,
+    k: Keys,
+    v: Keys,
     num_heads: int,
-    scale: Float[Tensor, "*one channels"],
+    scale: Float[Tensor, "*ones channels"],
     pos: Float[Tensor, "*one keys channels"] | None = None,
     dwc_weight: Float[Tensor, "kernels 1 side side"] | None = None,
     dwc_bias: Float[Tensor, " kernels"] | None = None,
@@ -85,12 +117,14 @@ def focused_linear_attention(
     hw: Size | None = None,
     denominator: str = "mean",
     backend: str = "auto",
+    prefix_tokens: int = 0,
 ) -> Tokens:
     """Focused linear attention between projections, everything but the linear layers (eq. 5 to 8 and the code).
 
     Args:
         q: queries, (batch, tokens, channels), channels head-major; any strides, so that a packed qkv needs no copy.
-        k, v: keys and values, of as many tokens, or fewer (PVT's spatial reduction).
+        k: keys, of as many tokens, or fewer (PVT's spatial reduction).
+        v: values, as the keys.
         num_heads: heads, a divisor of the channels.
         scale: S before the softplus that q and k are divided by.
         pos: positional encoding, added to the keys.
@@ -98,37 +132,48 @@ def focused_linear_attention(
             channel; None leaves the convolution out.
         dwc_bias: its bias.
         p: focusing factor, above 0.
-        hw: height and width of the map, the last tokens; needed with `dwc_weight` unless all tokens are a square map.
+        hw: height and width of the map of queries; needed with `dwc_weight` unless it is a square.
         denominator: 1e-6 is added to q . mean of k ("mean", the current release) or to q . sum of k ("sum").
         backend: auto, reference, cpu or triton.
+        prefix_tokens: class tokens before the map, which take part in the attention and not in the convolution.
 
     Raises:
         UserError: shapes, dtypes or numbers do not fit, or the backend cannot run here.
     """
     check_focus(p, 1 if dwc_weight is None else dwc_weight.shape[-1], denominator)
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 3:
+        raise UserError(f"{shapes}: expected three tensors (batch, tokens, channels), heads not yet split")
     batch, count, channels = q.shape
     if num_heads < 1 or channels % num_heads:
         raise UserError(f"{channels} channels and {num_heads} heads: the channels must be a multiple of the heads")
     if k.shape != v.shape or (k.shape[0], k.shape[2]) != (batch, channels) or not 0 < k.shape[1] <= count:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise UserError(f"{shapes}: expected one batch and channels, and as many keys as values, at most the queries")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not tensor.is_floating_point():
             raise UserError(f"{name} is of type {tensor.dtype}: expected floating-point numbers")
+        check_finite(name, tensor)
     if scale.numel() != channels:
         raise UserError(f"scale has {scale.numel()} numbers: expected one per channel, {channels}")
-    if pos is not None and pos.shape[-2:] != k.shape[1:]:
+    if pos is not None and (pos.shape[-2:] != k.shape[1:] or pos.numel() != k.shape[1:].numel()):
         raise UserError(f"pos has shape {tuple(pos.shape)}: expected {tuple(k.shape[1:])}, as the keys")
-    if dwc_weight is not None and dwc_weight.shape[0] not in (channels // num_heads, channels):
+    if dwc_weight is not None:
+        _check_kernels(dwc_weight, dwc_bias, channels, num_heads)
+    if not 0 <= prefix_tokens < max(count, 1) or (prefix_tokens and k.shape[1] != count):
         raise UserError(
-            f"dwc_weight has {dwc_weight.shape[0]} kernels: expected {channels // num_heads} (dim of a head) or {channels}"
+            f"{prefix_tokens} prefix tokens of {count}, {k.shape[1]} keys: expected fewer, and as many keys"
         )
-    side = math.isqrt(count)
-    hw = hw or (side, side)
-    if dwc_weight is not None and not 0 < hw[0] * hw[1] <= count:
-        raise UserError(f"hw {hw} is a map of {hw[0] * hw[1]} tokens, but there are {count}: give the map's size")
+    places = count - prefix_tokens
+    if hw is None:
+        hw = (places, 1) if dwc_weight is None else (math.isqrt(places),) * 2
+    if hw[0] * hw[1] != places:
+        raise UserError(f"{places} tokens are no map of {hw[0]}x{hw[1]}: give hw=(height, width) of the queries' map")
     if backend not in (*BACKENDS, "auto"):
         raise UserError(f"backend {backend!r}: expected auto, {', '.join(BACKENDS)}")
+    state = backends()[backend] if backend == "triton" else "works"
+    if state != "works" and not state.startswith("interpreter"):
+        advice = "It needs an NVIDIA GPU, and torch installed for CUDA; or leave backend='auto'"
+        raise UserError(f"backend='triton' cannot run here: {state}. {advice}")
     gain = 1 / F.softplus(scale.reshape(-1).to(reference.widest(scale.dtype)))
     position = None if pos is None else pos.reshape(pos.shape[-2:])
     tensors = (q, k, v, position, gain, EPSILON * gain, dwc_weight, dwc_bias)
@@ -136,3 +181,12 @@ def focused_linear_attention(
         return attend(*tensors, num_heads, p, denominator, hw)
     with use(backend):
         return attend(*tensors, num_heads, p, denominator, hw)
+
+
+def _check_kernels(weight: Tensor, bias: Tensor | None, channels: int, num_heads: int) -> None:
+    counts = (channels // num_heads, channels)
+    if weight.ndim != 4 or weight.shape[0] not in counts or weight.shape[1:] != (1, *weight.shape[3:] * 2):
+        expected = f"expected (kernels, 1, side, side) with {counts[0]} (dim of a head) or {counts[1]} kernels"
+        raise UserError(f"dwc_weight has shape {tuple(weight.shape)}: {expected}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise UserError(f"dwc_bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},), one per kernel")

@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from leap_flatten.attention import CSWinFocusedLinearAttention, FocusedLinearAttention, PVTFocusedLinearAttention
-from leap_shared.vision.bodies import Site
-from leap_shared.vision.bodies.grids import Number
+from leap_flatten.functional import check_finite
+from leap_shared.vision.bodies import Body, Site
+from leap_shared.vision.bodies.grids import Number, Size
 
-__all__ = ["branch_attention", "pvt_attention", "swin_attention"]
+__all__ = ["FiniteImages", "branch_attention", "pvt_attention", "swin_attention"]
 
 Factory = Callable[[Site], nn.Module]
+
+
+class FiniteImages(Body):
+    """A body that refuses images with NaN or infinity, see `leap_flatten.functional.check_finite`."""
+
+    def _size_of(self, image: Tensor) -> Size:
+        size = super()._size_of(image)
+        check_finite("image", image)
+        return size
 
 
 def _projected(site: Site) -> dict[str, Any]:

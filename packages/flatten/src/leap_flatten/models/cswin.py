@@ -1,4 +1,4 @@
-"""FLatten-CSWin: linear attention over the whole map in the first stages, softmax stripes in the others; LePE in all."""
+"""FLatten-CSWin: linear attention over the whole map in the first stages, softmax stripes in the others, LePE."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from leap_flatten.models.common import branch_attention
+from leap_flatten.models.common import FiniteImages, branch_attention
 from leap_shared.errors import UserError
 from leap_shared.vision.bodies import CSWin, build, pretrained_config
 from leap_shared.vision.bodies.grids import Number
@@ -17,7 +17,7 @@ from leap_shared.vision.bodies.grids import Number
 __all__ = ["FlattenCSWin"]
 
 
-class FlattenCSWin(CSWin):
+class FlattenCSWin(FiniteImages, CSWin):
     """CSWin Transformer with focused linear attention in the blocks that `attn_type` names.
 
     Args:

@@ -12,6 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from leap_flatten.functional import check_finite
 from leap_flatten.models.common import swin_attention
 from leap_shared.errors import UserError
 from leap_shared.vision.bodies import Block, Site, build, pretrained_config
@@ -98,7 +99,7 @@ class FlattenDeiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def _checked(self, size: Size) -> Size:
-        if len(size) != 2 or any(side < self.patch_size or side % self.patch_size for side in size):
+        if any(side < self.patch_size or side % self.patch_size for side in size):
             given = "x".join(map(str, size))
             raise UserError(f"image size {given}: height and width must be multiples of the patches' {self.patch_size}")
         return size[0], size[1]
@@ -114,6 +115,7 @@ class FlattenDeiT(nn.Module):
         if image.ndim != 4 or image.shape[1] != self.in_chans or not image.is_floating_point():
             expected = f"expected floating-point numbers of shape (batch, {self.in_chans}, height, width)"
             raise UserError(f"image of shape {tuple(image.shape)} and type {image.dtype}: {expected}")
+        check_finite("image", image)
         size = (image.shape[2], image.shape[3])
         if size != self.img_size:
             self._checked(size)
@@ -235,5 +237,5 @@ default_cfgs = generate_default_cfgs({"flatten_deit_tiny": pretrained_config(Fla
 
 @register_model
 def flatten_deit_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """FLatten-DeiT-T (derived): 6.2M parameters, 1.1 GMAC; the paper reports top-1 74.1 with its own, unreleased code."""
+    """FLatten-DeiT-T (derived): 6.2M parameters, 1.1 GMAC; the paper reports top-1 74.1 in the paper, whose code is unreleased."""
     return build(FlattenDeiT, "flatten_deit_tiny", pretrained, **{"out_indices": (2, 5, 8, 11), **kwargs})

@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from leap_flatten.models.common import pvt_attention
+from leap_flatten.models.common import FiniteImages, pvt_attention
 from leap_shared.errors import UserError
 from leap_shared.vision.bodies import PVT, PVTv2, build, pretrained_config
 from leap_shared.vision.bodies.grids import Number
@@ -25,7 +25,7 @@ def _options(
     return {"attn_type": attn_type, "attention_sr_ratios": tuple(map(int, la_sr_ratios)), "attention": attention}
 
 
-class FlattenPVT(PVT):
+class FlattenPVT(FiniteImages, PVT):
     """PVT with focused linear attention in the blocks that `attn_type` names, and no class token.
 
     Args:
@@ -48,7 +48,7 @@ class FlattenPVT(PVT):
         super().__init__(**_options(attn_type, la_sr_ratios, focusing_factor, kernel_size, denominator), **options)
 
 
-class FlattenPVTv2(PVTv2):
+class FlattenPVTv2(FiniteImages, PVTv2):
     """PVTv2 with focused linear attention; arguments as for `FlattenPVT`."""
 
     def __init__(

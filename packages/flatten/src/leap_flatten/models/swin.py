@@ -7,14 +7,14 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from leap_flatten.models.common import swin_attention
+from leap_flatten.models.common import FiniteImages, swin_attention
 from leap_shared.vision.bodies import Swin, build, pretrained_config
 from leap_shared.vision.bodies.grids import Number
 
 __all__ = ["FlattenSwin"]
 
 
-class FlattenSwin(Swin):
+class FlattenSwin(FiniteImages, Swin):
     """Swin Transformer with focused linear attention in the blocks that `attn_type` names.
 
     Args:

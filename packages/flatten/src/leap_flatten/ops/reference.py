@@ -9,9 +9,22 @@ from torch import Tensor
 
 from leap_shared.vision.bodies.grids import Number, Size, to_image, to_tokens
 
-__all__ = ["depthwise", "features", "focus", "forward", "gradients", "heads", "raise_to", "tokens", "widest"]
+__all__ = [
+    "depthwise",
+    "depthwise_gradients",
+    "features",
+    "focus",
+    "forward",
+    "gradients",
+    "heads",
+    "layer",
+    "raise_to",
+    "tokens",
+    "widest",
+]
 
 Vectors = Float[Tensor, "batch tokens channels"]
+Keys = Float[Tensor, "batch keys channels"]
 
 
 def widest(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +33,7 @@ def widest(dtype: torch.dtype) -> torch.dtype:
 
 
 def raise_to(x: Float[Tensor, "*shape"], power: Number) -> Float[Tensor, "*shape"]:
-    """x ** power, by multiplications where the power is 2, 3 or 4."""
+    """Power of every number, by multiplications where the power is 2, 3 or 4."""
     if power == 2:
         return x * x
     if power == 3:
@@ -38,19 +51,18 @@ def focus(x: Float[Tensor, "*shape channels"], power: Number) -> Float[Tensor, "
     peak = x.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     raised = raise_to(x / peak, power)
     length = torch.linalg.vector_norm(raised, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return raised / length * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    focused: Tensor = raised / length * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return focused
 
 
-def features(
-    x: Vectors, gain: Float[Tensor, " channels"] | None, floor: Float[Tensor, " channels"]
-) -> Vectors:
+def features(x: Vectors, gain: Float[Tensor, " channels"] | None, floor: Float[Tensor, " channels"]) -> Vectors:
     """relu(x) * gain + floor; without a gain, what is folded into the projections: max(x, floor)."""
     return torch.maximum(x, floor) if gain is None else torch.addcmul(floor, x.relu(), gain)
 
 
 def heads(x: Vectors, num_heads: int) -> Float[Tensor, "batch heads tokens dim"]:
     """Split channels into heads: channel = head * dim + place in the head."""
-    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads).transpose(1, 2)
 
 
 def tokens(x: Float[Tensor, "batch heads tokens dim"]) -> Vectors:
@@ -70,8 +82,8 @@ def depthwise(
 
 def forward(
     query: Vectors,
-    key: Vectors,
-    value: Vectors,
+    key: Keys,
+    value: Keys,
     position: Tensor | None,
     gain: Tensor | None,
     floor: Tensor,
@@ -97,6 +109,33 @@ def forward(
     return out.to(dtype)
 
 
+def layer(
+    x: Vectors,
+    query_weight: Tensor,
+    query_bias: Tensor | None,
+    key_weight: Tensor,
+    key_bias: Tensor | None,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    position: Tensor,
+    gain: Tensor | None,
+    floor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    num_heads: int,
+    power: Number,
+    epsilon: float,
+    hw: Size,
+) -> Vectors:
+    """`forward` between its linear projections."""
+    query, key = F.linear(x, query_weight, query_bias), F.linear(x, key_weight, key_bias)
+    value = F.linear(x, value_weight, value_bias)
+    out = forward(query, key, value, position, gain, floor, weight, bias, num_heads, power, epsilon, hw)
+    return F.linear(out, out_weight, out_bias)
+
+
 def _focus_gradient(x: Vectors, gradient: Vectors, power: Number) -> Vectors:
     """Gradient through `focus`: of the norm and of the direction apart, as their joint factor overflows in float32."""
     peak = x.amax(-1, keepdim=True)
@@ -106,14 +145,15 @@ def _focus_gradient(x: Vectors, gradient: Vectors, power: Number) -> Vectors:
     direction = raised / length
     along = (direction * gradient).sum(-1, keepdim=True)
     of_direction = (gradient - direction * along) * (norm / (peak * length)) * below * power
-    return x * (along / norm) + of_direction
+    total: Tensor = x * (along / norm) + of_direction
+    return total
 
 
 def gradients(
     gradient: Vectors,
     query: Vectors,
-    key: Vectors,
-    value: Vectors,
+    key: Keys,
+    value: Keys,
     position: Tensor | None,
     gain: Tensor | None,
     floor: Tensor,
@@ -159,13 +199,14 @@ def gradients(
     of_weight, of_bias = floor.new_zeros(0), floor.new_zeros(0)
     if weight is not None:
         first = value.shape[1] - hw[0] * hw[1]
-        of_image, of_weight, of_bias = _depthwise_gradient(gradient[:, first:], value[:, first:], weight, hw)
+        of_image, of_weight, of_bias = depthwise_gradients(gradient[:, first:], value[:, first:], weight, hw)
         of_value = of_value + F.pad(of_image, (0, 0, first, 0))
     of_inputs = (x.to(like.dtype) for x, like in zip((*passed, of_value), given, strict=True))
     return (*of_inputs, of_gain, of_floor, of_weight, of_bias)
 
 
-def _depthwise_gradient(gradient: Vectors, value: Vectors, weight: Tensor, hw: Size) -> tuple[Tensor, Tensor, Tensor]:
+def depthwise_gradients(gradient: Vectors, value: Vectors, weight: Tensor, hw: Size) -> tuple[Vectors, Tensor, Tensor]:
+    """Gradients of `depthwise` for values, weight and bias."""
     times, channels = value.shape[2] // weight.shape[0], value.shape[2]
     reach = weight.shape[2] // 2
     of_image, of_weight, of_bias = torch.ops.aten.convolution_backward(
@@ -175,5 +216,5 @@ def _depthwise_gradient(gradient: Vectors, value: Vectors, weight: Tensor, hw: S
         *([1, 1], [reach, reach], [1, 1], False, [0, 0], channels),
         (True, True, True),
     )
-    shared = of_weight.unflatten(0, (times, -1)).sum(0), of_bias.unflatten(0, (times, -1)).sum(0)
+    shared = of_weight.reshape(times, *weight.shape).sum(0), of_bias.reshape(times, -1).sum(0)
     return to_tokens(of_image), *shared
