@@ -377,6 +377,37 @@ def test_module_that_calls_operators_exports(strict):
     assert torch.allclose(program.module()(x), layer(x))
 
 
+@pytest.mark.parametrize("exported", [False, True])
+def test_exporter_to_onnx_takes_the_operations_of_the_reference(exported):
+    pytest.importorskip("onnxscript")
+    x, layer = _samples()[0], Layer().eval()
+    with without_type_checks():
+        source = torch.export.export(layer, (x,), strict=False) if exported else layer
+        program = torch.onnx.export(source, None if exported else (x,), dynamo=True, verbose=False)
+    domains = {node.domain for node in program.model.graph}
+    assert domains <= {"", "ai.onnx"}
+    assert {"Relu", "Exp", "ReduceSum"} <= {node.op_type for node in program.model.graph}
+
+
+def test_shapes_that_are_dynamic_are_inferred_by_the_fake_and_not_by_the_reference():
+    def double(x: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
+        return x * 2
+
+    turned = operator("leap_test::turned")(double)
+    turned.backend("cpu")(lambda x: (x * 2).mT.contiguous().mT)
+    turned.fake(lambda x: x.new_empty(x.shape[1], x.shape[0]).mT)
+
+    class Turn(nn.Module):
+        def forward(self, x):
+            return turned(x)
+
+    shapes = ({0: torch.export.Dim("batch", max=64)},)
+    with without_type_checks():
+        program = torch.export.export(Turn(), (_samples()[0],), dynamic_shapes=shapes, strict=False)
+    (node,) = (node for node in program.graph.nodes if node.target == turned.overload)
+    assert node.meta["val"].stride()[0] == 1
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_autocast_leaves_the_dtype_of_the_arguments(backend):
     def project(x: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from leap_shared.errors import UserError
 from leap_shared.vision import AugmentationConfig, DataConfig, build_transform, evaluate, evaluation_loader, open_source
-from leap_shared.vision.data import Pictures, TrainOrder, batches, train_loader
+from leap_shared.vision.data import Pictures, TrainOrder, batches, isolated, train_loader
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 12, 16, 3), dtype=np.uint8)
 LABELS = np.arange(10) // 5
@@ -170,6 +170,13 @@ def test_squash_shows_the_whole_picture_and_keep_ratio_cuts_its_sides():
     squashed = build_transform(DataConfig("unused", squash=True, **options))(picture)
     assert kept.shape == squashed.shape == (3, 10, 10)
     assert kept[0, 5, 0] > 0.15 > squashed[0, 5, 0]
+
+
+@pytest.mark.parametrize("policy", ["rand-m10", "rand-m10-inc1", "rand-m0", "v0", "original", "augmix-m10"])
+def test_every_strength_of_every_operation_of_timms_policies_gives_a_picture(policy):
+    transform = build_transform(DataConfig("unused", image_size=8), AugmentationConfig(auto_augment=policy))
+    with isolated(0):
+        assert all(transform(Image.fromarray(IMAGES[0])).isfinite().all() for _ in range(200))
 
 
 def test_crop_padding_keeps_the_scale_of_small_pictures():

@@ -6,7 +6,7 @@ from typing import Any
 
 import leap_flatten as lf
 import timm
-from leap_flatten import models
+from leap_flatten import models, recipes, visualize
 from leap_flatten.checkpoints import resize_tables
 from leap_shared.checkpoints import load_into
 from leap_shared.vision.bodies import Site
@@ -100,3 +100,21 @@ def resized_model(constructor: dict[str, Any], target: dict[str, Any], state: di
     resized = resize_tables(network, state)
     load_into(network, resized)
     return {"logits": network(image), "state": resized}
+
+
+def reference_attention_map(query: Any, key: Any, kernel: Any) -> Any:
+    return visualize.reference_attention_map(query, key, kernel)
+
+
+def learning_rates(model: str, batch: int, steps_per_epoch: int, steps: list[int]) -> Any:
+    rates = recipes.get(model).learning_rates(batch, steps_per_epoch)
+    return [rates[0], *rates.at(steps)]
+
+
+def optimiser_groups(model: str) -> dict[str, int]:
+    network = timm.create_model(model)
+    groups = recipes.get(model).parameter_groups(network)
+    frozen = [p for p in network.parameters() if not p.requires_grad]
+    spared = [p for group in groups if not group["weight_decay"] for p in group["params"]] + frozen
+    total = sum(len(group["params"]) for group in groups) + len(frozen)
+    return {"no_decay": len(spared), "total": total, "no_decay_numel": sum(p.numel() for p in spared)}

@@ -11,7 +11,8 @@ A package writes the reference as an ordinary function and adds what is faster::
 
         return triton.focus(x, power)
 
-The operator lives in PyTorch's dispatcher, so that `torch.compile`, `torch.export`, autograd and `opcheck` know it.
+The operator lives in PyTorch's dispatcher, so that `torch.compile`, `torch.export`, autograd and `opcheck` know it;
+`torch.onnx.export` with ``dynamo=True`` takes the reference's own operations in its place.
 The implementation is chosen when it runs, also inside a compiled graph: Triton for CUDA tensors, the CPU version for
 CPU tensors, the reference where those are missing or do not support the arguments. ``LEAP_OPS=reference|cpu|triton``
 or `use` overrides the choice. Under autocast an operator computes in the dtypes of its arguments: cast them before.
@@ -32,6 +33,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from jaxtyping import AbstractArray
 from torch import Tensor
+from torch._decomp import register_decomposition
 
 from leap_shared.errors import UserError, did_you_mean
 
@@ -133,6 +135,10 @@ class Operator(Generic[P, R]):
         torch.library.register_autograd(name, self._differentiate, setup_context=self._save)
         namespace, short = name.split("::")
         self.overload = getattr(getattr(torch.ops, namespace), short).default
+        # Of torch's two tables the exporter to ONNX reads the first and the compiler neither; what infers dynamic shapes
+        # would take the first for a fake, were there nothing in the second.
+        register_decomposition(self.overload)(self._decompose)
+        register_decomposition(self.overload, type="meta")(self._infer)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the backend that fits the arguments, or the one asked for."""
@@ -248,6 +254,11 @@ class Operator(Generic[P, R]):
         args = self._filled(args)
         with _as_given(args):
             return self._own((self._fake or self._kernels["reference"])(*args), args)
+
+    def _decompose(self, *args: Any) -> Any:
+        args = self._filled(args)
+        with _as_given(args):
+            return self._kernels["reference"](*args)
 
     def _own(self, result: Any, args: Sequence[Any]) -> Any:
         """Copy outputs that share memory with an input or with each other, which the dispatcher forbids."""

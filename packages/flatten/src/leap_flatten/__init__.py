@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leap_flatten import functional
+from leap_flatten import convert, functional, recipes, visualize
 from leap_flatten.attention import CSWinFocusedLinearAttention, FocusedLinearAttention, PVTFocusedLinearAttention
 from leap_flatten.checkpoints import create_model, load_official, save_safetensors
 from leap_flatten.models import FlattenCSWin, FlattenDeiT, FlattenPVT, FlattenPVTv2, FlattenSwin
@@ -21,8 +21,11 @@ __all__ = [
     "FocusedLinearAttention",
     "PVTFocusedLinearAttention",
     "__version__",
+    "convert",
     "create_model",
     "functional",
     "load_official",
+    "recipes",
     "save_safetensors",
+    "visualize",
 ]

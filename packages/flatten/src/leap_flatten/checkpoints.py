@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -18,12 +20,20 @@ from leap_flatten.attention import Focused
 from leap_flatten.models.variants import VARIANTS, find
 from leap_shared.checkpoints import Report, load_into, read, unwrap, write_safetensors
 from leap_shared.errors import UserError
-from leap_shared.vision.bodies import WindowAttention, drop_computed
+from leap_shared.vision.bodies import CSWinBlock, WindowAttention, drop_computed
 from leap_shared.vision.bodies.grids import Size, resample_grid
 
 __all__ = ["create_model", "load_official", "read_official", "resize_tables", "save_safetensors", "variants_of"]
 
 log = logging.getLogger(__name__)
+HEAD = ("head.weight", "head.bias")
+FAMILIES = {  # by what the names of their entries begin with
+    "layers": "flatten_swin_.+",
+    "pos_embed1": "flatten_pvt_[a-z]+",
+    "norm4": "flatten_pvt_v2_.+",
+    "stage1": "flatten_cswin_.+",
+    "cls_token": "flatten_deit_.+",
+}
 
 
 def create_model(
@@ -36,7 +46,7 @@ def create_model(
         pretrained: the path of a checkpoint, as `checkpoint`; there is no address that weights could be fetched from.
         checkpoint: the authors' .pth or this package's .safetensors; it may be for another image size or, with another
             `num_classes`, lack the head's weights.
-        **options: of the model's class, and timm's, as `num_classes`, `img_size` or `drop_path_rate`.
+        **options: of the model's class, and timm's, as `num_classes`, `img_size`, `drop_path_rate` or `features_only`.
 
     Raises:
         UserError: the name is unknown, an option is impossible, or the file does not fit.
@@ -49,7 +59,13 @@ def create_model(
         model: nn.Module = timm.create_model(name, **options)
     except TypeError as error:
         raise UserError(f"{name} does not take {options}: {error}") from error
-    if path is not None:
+    if path is not None and options.get("features_only"):
+        rest = {key: value for key, value in options.items() if key not in ("features_only", "out_indices")}
+        whole = timm.create_model(name, **{**rest, "num_classes": 0})
+        load_official(whole, path, resize=True, new_head=True)
+        state = {f"model.{key}": value for key, value in whole.state_dict().items()}
+        model.load_state_dict({key: state[key] for key in model.state_dict()})
+    elif path is not None:
         load_official(model, path, resize=True, new_head="num_classes" in options)
     return model
 
@@ -84,7 +100,8 @@ def load_official(
         use_ema: see `read_official`.
         resize: resample tables where the file is for another image size, as the authors' fine-tuning loader does.
         source_size: height and width in pixels that the file is for, where the image was not square.
-        new_head: zero the head where the file's has another number of classes, instead of refusing the file.
+        new_head: zero the head where the file's has another number of classes, and leave the file's out where the model
+            has none, instead of refusing the file.
 
     Returns:
         What was loaded; everything fits, or it raises.
@@ -96,21 +113,35 @@ def load_official(
     if resize:
         state = resize_tables(model, state, source_size)
     own = model.state_dict()
-    head = [name for name in ("head.weight", "head.bias") if name in own]
-    if new_head and any(name not in state or state[name].shape != own[name].shape for name in head):
-        log.warning("%s: its head does not fit %d classes, so the head starts at zero", path, len(own["head.bias"]))
-        state = {**state, **{name: torch.zeros_like(own[name]) for name in head}}
+    if new_head:
+        state = _with_head(state, own, path)
     try:
         return load_into(model, state)
     except UserError as error:
         raise UserError(f"{path}: {error}. {_advice(model, state, resize)}") from error
 
 
+def _with_head(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """The state with the head that a model of `own` needs: the file's, zeros, or none."""
+    body = {name: value for name, value in state.items() if name not in HEAD}
+    head = [name for name in HEAD if name in own]
+    if all(name in state and state[name].shape == own[name].shape for name in head):
+        return {**body, **{name: state[name] for name in head}}
+    log.warning("%s: its head does not fit %d classes, so the head starts at zero", path, len(own["head.bias"]))
+    return {**body, **{name: torch.zeros_like(own[name]) for name in head}}
+
+
 def _advice(model: nn.Module, state: Mapping[str, Tensor], resize: bool) -> str:
-    own = model.state_dict()
-    tables = [name for name, value in state.items() if name in own and value.shape != own[name].shape]
-    if not resize and state.keys() == own.keys() and all(_is_table(name) for name in tables):
-        return "It is for another image size: pass resize=True"
+    own, ways = model.state_dict(), []
+    shapes = [{name: value.shape for name, value in entries.items()} for entries in (own, state)]
+    wrong = {name for name in own.keys() | state.keys() if shapes[0].get(name) != shapes[1].get(name)}
+    sized = {name for name in wrong if _is_table(name) or ".get_v." in name}  # a small map has one branch of CSWin
+    if sized and not resize:
+        ways.append("another image size: pass resize=True")
+    if wrong & set(HEAD):
+        ways.append("other classes: pass new_head=True")
+    if ways and wrong == sized | (wrong & set(HEAD)):
+        return f"It is for {' and for '.join(ways)}"
     fitting = variants_of(state)
     if fitting:
         return f"It fits {' or '.join(fitting)}"
@@ -136,30 +167,49 @@ def _schema(name: str) -> dict[str, tuple[int, ...]]:
 def variants_of(state: Mapping[str, Tensor]) -> list[str]:
     """Names of the variants that a state dict fits: exactly, or else but for the head and the image size."""
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    exact = [name for name in VARIANTS if _schema(name) == shapes]
+    count = sum(map(math.prod, shapes.values()))
+    exact = [name for name, variant in VARIANTS.items() if variant.parameters == count and _schema(name) == shapes]
     if exact:
         return exact
 
     def body(of: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...] | None]:
         return {key: None if _is_table(key) else shape for key, shape in of.items() if not key.startswith("head.")}
 
-    return [name for name in VARIANTS if body(_schema(name)) == body(shapes)]
+    roots = {key.partition(".")[0] for key in shapes}
+    patterns = [pattern for root, pattern in FAMILIES.items() if root in roots]
+    candidates = [name for name in VARIANTS if any(re.fullmatch(pattern, name) for pattern in patterns)]
+    return [name for name in candidates if body(_schema(name)) == body(shapes)]
 
 
 def resize_tables(model: nn.Module, state: Mapping[str, Tensor], source_size: Size | None = None) -> dict[str, Tensor]:
     """State dict whose tables of another image size are resampled to the model's, by the rules of fine-tuning.
 
-    Positional encodings, relative position biases and absolute embeddings: bicubic; PVT's `pos_embed`: bilinear.
+    Positional encodings, relative position biases and absolute embeddings: bicubic; PVT's `pos_embed`: bilinear. Where
+    a stripe covers the map, a softmax block of CSWin has one branch, and at larger sizes two, of the same kernels.
 
     Raises:
         UserError: the file's grid can't be told from its tables: give `source_size`.
     """
     own = model.state_dict()
-    resized = dict(state)
+    resized = _rebranched(model, state)
     for name, value in state.items():
         if _is_table(name) and name in own and value.shape != own[name].shape and value.ndim == own[name].ndim:
             resized[name] = _resized(model, name, value, source_size)
     return resized
+
+
+def _rebranched(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = dict(state)
+    blocks = {name: block for name, block in model.named_modules() if isinstance(block, CSWinBlock)}
+    for (name, block), leaf in itertools.product(blocks.items(), ("weight", "bias")):
+        first, second = (f"{name}.attns.{branch}.get_v.{leaf}" for branch in (0, 1))
+        if block.plugged or first not in found:
+            continue
+        if len(block.attns) == 1 and second in found:
+            found[first] = torch.cat((found[first], found.pop(second)))
+        elif len(block.attns) == 2 and second not in found:
+            found[first], found[second] = found[first].chunk(2)
+    return found
 
 
 def _resized(model: nn.Module, name: str, table: Tensor, source_size: Size | None) -> Tensor:

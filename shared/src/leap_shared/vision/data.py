@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
@@ -78,10 +80,20 @@ def build_transform(data: DataConfig, augmentation: AugmentationConfig | None = 
     except (AssertionError, KeyError, ValueError) as error:
         policy = f"auto_augment={kind.get('auto_augment')!r}"
         raise UserError(f"{policy} is no policy of timm ({error}): use e.g. rand-m9-mstd0.5-inc1") from error
+    for step in transform.transforms:
+        for operation in (*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
     if augmentation is not None and augmentation.crop_padding is not None:
         transform.transforms[0] = transforms.RandomCrop(data.image_size, padding=augmentation.crop_padding)
     ready: Transform = transform
     return ready
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, where it keeps no bit too, which newer Pillow refuses: the picture becomes black, as with older ones."""
+    kept: Image.Image = posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
+    return kept
 
 
 class Pictures(Dataset[Any]):

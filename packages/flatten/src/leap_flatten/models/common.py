@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from leap_shared.vision.bodies.grids import Number, Size
 
 __all__ = ["FiniteImages", "branch_attention", "pvt_attention", "swin_attention"]
 
-Factory = Callable[[Site], nn.Module]
+Factory = Callable[[Site], nn.Module]  # partials of functions of this module, which can be pickled with their models
 
 
 class FiniteImages(Body):
@@ -30,34 +31,32 @@ def _projected(site: Site) -> dict[str, Any]:
     return {"qkv_bias": site.qkv_bias, "attn_drop": site.attn_drop, "proj_drop": site.proj_drop}
 
 
+def _swin(numbers: tuple[Number, int, str], prefix_tokens: int, site: Site) -> nn.Module:
+    place = (site.dim, site.num_heads, site.input_size)
+    return FocusedLinearAttention(*place, *numbers, prefix_tokens=prefix_tokens, **_projected(site))
+
+
+def _pvt(numbers: tuple[Number, int, str], site: Site) -> nn.Module:
+    place = (site.dim, site.num_heads, site.input_size, site.sr_ratio)
+    return PVTFocusedLinearAttention(*place, *numbers, **_projected(site))
+
+
+def _branch(numbers: tuple[Number, int, str], site: Site) -> nn.Module:
+    return CSWinFocusedLinearAttention(site.dim, site.num_heads, site.input_size, *numbers)
+
+
 def swin_attention(
     focusing_factor: Number = 3, kernel_size: int = 5, denominator: str = "mean", prefix_tokens: int = 0
 ) -> Factory:
     """Makes the layer with a packed projection, over the map or a window of it."""
-
-    def make(site: Site) -> nn.Module:
-        numbers = (site.dim, site.num_heads, site.input_size, focusing_factor, kernel_size, denominator)
-        return FocusedLinearAttention(*numbers, prefix_tokens=prefix_tokens, **_projected(site))
-
-    return make
+    return partial(_swin, (focusing_factor, kernel_size, denominator), prefix_tokens)
 
 
 def pvt_attention(focusing_factor: Number = 3, kernel_size: int = 5, denominator: str = "mean") -> Factory:
     """Makes the layer with spatial reduction."""
-
-    def make(site: Site) -> nn.Module:
-        numbers = (site.dim, site.num_heads, site.input_size, site.sr_ratio, focusing_factor, kernel_size, denominator)
-        return PVTFocusedLinearAttention(*numbers, **_projected(site))
-
-    return make
+    return partial(_pvt, (focusing_factor, kernel_size, denominator))
 
 
 def branch_attention(focusing_factor: Number = 3, kernel_size: int = 5, denominator: str = "mean") -> Factory:
     """Makes the layer of a CSWin branch."""
-
-    def make(site: Site) -> nn.Module:
-        return CSWinFocusedLinearAttention(
-            site.dim, site.num_heads, site.input_size, focusing_factor, kernel_size, denominator
-        )
-
-    return make
+    return partial(_branch, (focusing_factor, kernel_size, denominator))

@@ -237,5 +237,5 @@ default_cfgs = generate_default_cfgs({"flatten_deit_tiny": pretrained_config(Fla
 
 @register_model
 def flatten_deit_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """FLatten-DeiT-T (derived): 6.2M parameters, 1.1 GMAC; the paper reports top-1 74.1 in the paper, whose code is unreleased."""
+    """FLatten-DeiT-T (derived): 6.2M parameters, 1.1 GMAC, top-1 74.1 in the paper, whose code is unreleased."""
     return build(FlattenDeiT, "flatten_deit_tiny", pretrained, **{"out_indices": (2, 5, 8, 11), **kwargs})

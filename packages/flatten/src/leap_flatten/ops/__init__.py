@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from leap_flatten.ops import cpu, cpu_backward, reference
+from leap_flatten.ops import cpu, cpu_backward, flops, reference
 from leap_shared.ops import operator
 
 __all__ = ["focused_linear_attention", "focused_linear_attention_backward", "focused_linear_attention_layer"]
@@ -156,3 +157,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_position = None if position is None else of_inputs[1].sum(0, dtype=of_floor.dtype).to(position.dtype)
     found = zip((*others, bias), (of_gain, of_floor, of_weight, of_bias), strict=True)
     return *of_inputs, of_position, *(None if x is None else g.to(x.dtype) for x, g in found), *(None,) * 5
+
+
+register_flop_formula(torch.ops.leap_flatten.focused_linear_attention)(flops.forward)
+register_flop_formula(torch.ops.leap_flatten.focused_linear_attention_layer)(flops.layer)
+register_flop_formula(torch.ops.leap_flatten.focused_linear_attention_backward)(flops.backward)

@@ -76,7 +76,11 @@ class WindowAttention(nn.Module):
             bias = (bias + mask[:, None]).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         dropout = self.attn_drop if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-        projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        merged = out.transpose(1, 2)
+        if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+            # Exporters trace with and without gradients, which decides where the attention's output lies in memory.
+            merged = merged.clone(memory_format=torch.contiguous_format)
+        projected: Tensor = self.proj_drop(self.proj(merged.flatten(2)))
         return projected
 
 

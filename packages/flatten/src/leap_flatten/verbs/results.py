@@ -1,0 +1,111 @@
+"""Verbs that show what the paper claims, in small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from leap_shared.cli import Command, Context
+from leap_shared.errors import UserError
+
+__all__ = ["Demo", "Experiment"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Command):
+    """Train tiny transformers on digits with softmax and linear attention; writes section.html and its figures.
+
+    Takes about eight minutes. Killed, it goes on from where it was when started again.
+
+    Examples:
+        leap-flatten demo --out runs/demo
+        leap-flatten demo --quick
+    """
+
+    seeds: int = 8
+    """How many seeds, each with its own split, weights and batches; the first is --seed."""
+    quick: bool = False
+    """A smoke test of ten seconds with two seeds: shows that everything runs, says nothing about the claim."""
+
+    def run(self, context: Context) -> object:
+        """Run the experiment."""
+        import torch
+
+        from leap_flatten import demo
+
+        if self.quick and self.seeds != type(self).seeds:
+            raise UserError("--quick has two seeds: leave out --seeds")
+        torch.set_num_threads(1)
+        seeds = tuple(range(self.seed, self.seed + self.seeds))
+        settings = demo.Settings.quick(self.seed) if self.quick else demo.Settings(seeds=seeds)
+        result = demo.run(settings, context)
+        return result if self.json else demo.table(result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Command):
+    """The demo's experiment with other sizes, arms and training; killed, it goes on, and more seeds join it.
+
+    Examples:
+        leap-flatten experiment --seeds 16 --out runs/experiment
+        leap-flatten experiment --arms linear focus-dwc dwc --p 4 --kernel-size 3
+    """
+
+    arms: tuple[Literal["softmax", "linear", "focus", "focus-dwc", "dwc"], ...] = (
+        "softmax",
+        "linear",
+        "focus",
+        "focus-dwc",
+    )
+    """What is trained; linear and focus-dwc, which the claim compares, must be among them."""
+    seeds: int = 8
+    """How many seeds, each with its own split, weights and batches; the first is --seed."""
+    epochs: int = 20
+    """Passes over the 1200 images."""
+    batch_size: int = 64
+    """Images of an update."""
+    learning_rate: float = 6e-3
+    """Peak of the one-cycle schedule."""
+    weight_decay: float = 0.05
+    """Of AdamW."""
+    dim: int = 32
+    """Channels."""
+    heads: int = 4
+    """Heads."""
+    depth: int = 2
+    """Blocks."""
+    p: float = 3.0
+    """Focusing factor of the arms with focus."""
+    kernel_size: int = 5
+    """Side of the depthwise convolution."""
+    latency: bool = True
+    """Whether to time the layers over the number of tokens."""
+    threads: int = 1
+    """Threads of PyTorch while training; other numbers may change the last digits."""
+
+    def run(self, context: Context) -> object:
+        """Run the experiment."""
+        import torch
+
+        from leap_flatten import demo
+        from leap_flatten.digits import Recipe
+
+        if self.threads < 1:
+            raise UserError(f"threads is {self.threads}: give 1 or more")
+        torch.set_num_threads(self.threads)
+        recipe = Recipe(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            dim=self.dim,
+            num_heads=self.heads,
+            depth=self.depth,
+            focusing_factor=self.p,
+            kernel_size=self.kernel_size,
+        )
+        seeds = tuple(range(self.seed, self.seed + self.seeds))
+        sides = demo.SIDES if self.latency else ()
+        settings = demo.Settings(seeds=seeds, arms=self.arms, recipe=recipe, sides=sides)
+        result = demo.run(settings, context)
+        return result if self.json else demo.table(result)
