@@ -1,8 +1,6 @@
 """Mask R-CNN of torchvision on the feature pyramid of any FLatten model, trained from scratch on generated scenes.
 
 python examples/mask_rcnn.py --model flatten_pvt_v2_b0 --steps 600
-
-TODO
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ Found = dict[str, Tensor]
 class Pyramid(nn.Module):
     """Maps of one width at strides 4, 8, 16, 32 and 64, under the names that torchvision looks for."""
 
-    def __init__(self, features: nn.Module, channels: int) -> None:
+    def __init__(self, features: Any, channels: int) -> None:
         super().__init__()
         strides = features.feature_info.reduction()
         if strides != [4, 8, 16, 32]:
@@ -50,7 +48,7 @@ class Pyramid(nn.Module):
         return maps
 
 
-def detector(features: nn.Module, shorter_side: int, channels: int = 64) -> MaskRCNN:
+def detector(features: Any, shorter_side: int, channels: int = 64) -> MaskRCNN:
     """The detector; its heads are narrower and its anchors smaller than the defaults, which are for photographs.
 
     torchvision scales every image to `shorter_side`, normalises it, and pads the batch to multiples of 32.
@@ -109,7 +107,8 @@ def picture(scene: Scene, found: Found) -> Tensor:
         return scene.image
     colours: list[Any] = [COLOURS[label] for label in labels]
     image = draw_segmentation_masks(scene.image, found["masks"][sure, 0] > 0.5, alpha=0.5, colors=colours)
-    return draw_bounding_boxes(image, found["boxes"][sure], colors=colours)
+    boxed: Tensor = draw_bounding_boxes(image, found["boxes"][sure], colors=colours)
+    return boxed
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
@@ -117,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="flatten_pvt_v2_b0")
     parser.add_argument("--checkpoint", help="weights to start from")
-    parser.add_argument("--size", type=int, default=96, help="height of the scenes in pixels; the width is 4/3 of it")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--size", type=int, default=64, help="height of the scenes in pixels; the width is 4/3 of it")
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--held-out", type=int, default=100, help="scenes to judge by")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -129,23 +128,25 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     torch.manual_seed(0)
     size = (options.size, options.size * 4 // 3)
     padded = [-(-side // 32) * 32 for side in size]  # tables are made for this size, and resampled for others
-    features = lf.create_model(options.model, checkpoint=options.checkpoint, features_only=True, img_size=padded)
+    features = lf.create_model(
+        options.model, checkpoint=options.checkpoint, resize=True, features_only=True, img_size=padded
+    )
     model = detector(features, options.size).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps)
-    generator, losses = torch.Generator().manual_seed(0), []
+    generator, losses, every = torch.Generator().manual_seed(0), [], max(1, options.steps // 6)
     for step in range(1, options.steps + 1):
         scenes = [draw(size, generator) for _ in range(options.batch)]
         images = [scene.image.to(options.device) for scene in scenes]
         loss = sum(model(images, [target(scene, options.device) for scene in scenes]).values())
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        if step % max(1, options.steps // 6) == 0:
-            print(f"step {step:4d}  loss {sum(losses[-20:]) / len(losses[-20:]):.2f}")
+        if step % every == 0:
+            print(f"step {step:4d}  loss {sum(losses[-every:]) / every:.2f}")
 
     model.eval()
     generator = torch.Generator().manual_seed(1)

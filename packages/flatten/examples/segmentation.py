@@ -1,8 +1,6 @@
 """Semantic FPN (Kirillov et al. 2019, the light head of the paper's ADE20K table) on a FLatten model, from scratch.
 
 python examples/segmentation.py --model flatten_pvt_v2_b0 --steps 300
-
-TODO
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ import argparse
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +45,7 @@ class SemanticFPN(nn.Module):
         channels: width of the pyramid and the head, a multiple of 8.
     """
 
-    def __init__(self, features: nn.Module, classes: int, channels: int = 64) -> None:
+    def __init__(self, features: Any, classes: int, channels: int = 64) -> None:
         super().__init__()
         strides = features.feature_info.reduction()
         if strides != [4, 8, 16, 32]:
@@ -77,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="flatten_pvt_v2_b0")
     parser.add_argument("--checkpoint", help="weights to start from")
-    parser.add_argument("--size", type=int, default=96, help="height of the scenes in pixels; the width is 4/3 of it")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--size", type=int, default=64, help="height of the scenes in pixels; the width is 4/3 of it")
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=100, help="scenes to judge by")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -89,11 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     torch.manual_seed(0)
     size = (options.size, options.size * 4 // 3)
     padded = [-(-side // 32) * 32 for side in size]  # tables are made for this size, and resampled for others
-    features = lf.create_model(options.model, checkpoint=options.checkpoint, features_only=True, img_size=padded)
+    features = lf.create_model(
+        options.model, checkpoint=options.checkpoint, resize=True, features_only=True, img_size=padded
+    )
     model = SemanticFPN(features, len(CLASSES)).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps)
-    generator, losses = torch.Generator().manual_seed(0), []
+    generator, losses, every = torch.Generator().manual_seed(0), [], max(1, options.steps // 6)
 
     def scenes(count: int) -> tuple[Tensor, Tensor]:
         drawn = [draw(size, generator) for _ in range(count)]
@@ -103,25 +104,27 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         images, classes = scenes(options.batch)
         loss = F.cross_entropy(model(images.to(options.device)), classes.to(options.device))
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        if step % max(1, options.steps // 6) == 0:
-            print(f"step {step:4d}  loss {sum(losses[-20:]) / len(losses[-20:]):.3f}")
+        if step % every == 0:
+            print(f"step {step:4d}  loss {sum(losses[-every:]) / every:.3f}")
 
     model.eval()
     generator.manual_seed(1)
     images, classes = scenes(options.held_out)
     with torch.no_grad():
-        found = torch.cat([model(part.to(options.device)).argmax(1).cpu() for part in images.split(options.batch)])
+        found = torch.cat(
+            [model(part.to(options.device)).argmax(1).cpu() for part in torch.split(images, options.batch)]
+        )
     shares = intersections_over_unions(found, classes)
     print("  ".join(f"{name} {share:.1f}" for name, share in zip(CLASSES, shares.tolist(), strict=True)))
     print(f"mIoU on {len(images)} held-out scenes: {shares.nanmean():.1f}")
-    rows = [torch.cat((images[:8], *(COLOURS[of[:8]].movedim(3, 1) for of in (classes, found))))]
+    rows = torch.cat((images[:8], *(COLOURS[of[:8]].movedim(3, 1) for of in (classes, found))))
     with atomic_writer(options.out) as file:
-        to_pil_image(make_grid(rows[0], nrow=len(images[:8]))).save(file, "PNG")
+        to_pil_image(make_grid(rows, nrow=len(images[:8]))).save(file, "PNG")
     print(f"wrote {options.out}: scenes, their classes, the classes found")
     return losses
 

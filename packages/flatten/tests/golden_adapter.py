@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import leap_flatten as lf
 import timm
+
+import leap_flatten as lf
 from leap_flatten import models, recipes, visualize
 from leap_flatten.checkpoints import resize_tables
 from leap_shared.checkpoints import load_into

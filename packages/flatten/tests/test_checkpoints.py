@@ -441,9 +441,19 @@ def test_model_is_created_at_another_size_with_another_head(tmp_path: Path) -> N
     source = drawn(create_model("flatten_swin_tiny", **TINY))
     path = saved(tmp_path / "w.pth", source.state_dict())
     other = {**TINY, "img_size": (96, 64), "num_classes": 3}
-    model = create_model("flatten_swin_tiny", checkpoint=path, **other)
+    with pytest.raises(UserError, match="pass resize=True"):
+        create_model("flatten_swin_tiny", checkpoint=path, **other)
+    model = create_model("flatten_swin_tiny", checkpoint=path, resize=True, **other)
     assert model.head.weight.shape[0] == 3
     assert model.img_size == (96, 64)
+
+
+@pytest.mark.parametrize("missing", [("head.bias",), ("head.weight", "head.bias")])
+def test_file_that_lacks_its_head_is_refused_though_classes_are_named(tmp_path: Path, missing: tuple[str, ...]) -> None:
+    state = drawn(create_model("flatten_swin_tiny", **TINY)).state_dict()
+    path = saved(tmp_path / "w.pth", {name: value for name, value in state.items() if name not in missing})
+    with pytest.raises(UserError, match="missing: head"):
+        create_model("flatten_swin_tiny", checkpoint=path, num_classes=7, **TINY)
 
 
 def test_model_is_created_without_head_from_a_file_with_one(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import leap_flatten as lf
 from leap_flatten.attention import Focused
 from leap_flatten.convert import convert, fuse_for_inference
 from leap_flatten.models import CSWinBlock, Site, branch_attention
+from leap_shared.checkpoints import write_safetensors
 from leap_shared.errors import UserError
 from leap_shared.ops import use
 from leap_shared.testing.golden import read_schema
@@ -259,6 +260,17 @@ def test_conversion_of_other_models_names_no_variant(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "a.pth")
     told = convert(tmp_path / "a.pth", tmp_path / "b.safetensors")
     assert (told.variant, told.verified) == (None, "tensors")
+
+
+def test_verification_finds_a_changed_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        name = "blocks.0.attn.scale"
+        write_safetensors(path, {**state, name: state[name].nextafter(torch.tensor(9.0))}, metadata)
+
+    monkeypatch.setattr("leap_flatten.convert.write_safetensors", damaged)
+    torch.save(model("deit").state_dict(), tmp_path / "a.pth")
+    with pytest.raises(RuntimeError, match=r"1 tensors are not those that were read: \['blocks.0.attn.scale'\]"):
+        convert(tmp_path / "a.pth", tmp_path / "b.safetensors")
 
 
 @pytest.mark.slow

@@ -335,3 +335,18 @@ def test_focus_refuses_what_it_cannot_sharpen(x: Tensor, power: int, message: st
     with without_type_checks(), pytest.raises(UserError) as refused:
         focus(x, power)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reduced_keys_take_halves_beside_float32_parameters(dtype: torch.dtype) -> None:
+    exact = arguments(keys=6, dtype=torch.float32)
+    tensors = {name: exact[name].to(dtype) for name in ("q", "k", "v")}
+    found = focused_linear_attention(**{**exact, **tensors})
+    wanted = focused_linear_attention(**{**exact, **{name: value.float() for name, value in tensors.items()}})
+    assert found.dtype == dtype
+    assert torch.allclose(found.float(), wanted, atol=2e-2, rtol=2e-2)
+
+
+def test_focus_of_negative_vectors_is_finite_and_keeps_norms() -> None:
+    x = -torch.rand(5, 8)
+    assert torch.allclose(focus(x, 3).norm(dim=-1), x.norm(dim=-1))

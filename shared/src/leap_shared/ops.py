@@ -135,8 +135,8 @@ class Operator(Generic[P, R]):
         torch.library.register_autograd(name, self._differentiate, setup_context=self._save)
         namespace, short = name.split("::")
         self.overload = getattr(getattr(torch.ops, namespace), short).default
-        # Of torch's two tables the exporter to ONNX reads the first and the compiler neither; what infers dynamic shapes
-        # would take the first for a fake, were there nothing in the second.
+        # The exporter to ONNX reads the first of these tables, the compiler neither. Where shapes are dynamic, their
+        # inference would take the first for a fake, were there nothing in the second.
         register_decomposition(self.overload)(self._decompose)
         register_decomposition(self.overload, type="meta")(self._infer)
 

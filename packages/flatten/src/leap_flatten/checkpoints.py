@@ -37,15 +37,21 @@ FAMILIES = {  # by what the names of their entries begin with
 
 
 def create_model(
-    name: str, *, pretrained: bool | str | Path = False, checkpoint: str | Path | None = None, **options: Any
+    name: str,
+    *,
+    pretrained: bool | str | Path = False,
+    checkpoint: str | Path | None = None,
+    resize: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """A named variant, with the weights of a file where one is given.
 
     Args:
         name: of a variant, see `VARIANTS`.
         pretrained: the path of a checkpoint, as `checkpoint`; there is no address that weights could be fetched from.
-        checkpoint: the authors' .pth or this package's .safetensors; it may be for another image size or, with another
-            `num_classes`, lack the head's weights.
+        checkpoint: the authors' .pth or this package's .safetensors; with `num_classes` it may be for another number of
+            classes, and the head then starts at zero.
+        resize: take a file that is for another image size.
         **options: of the model's class, and timm's, as `num_classes`, `img_size`, `drop_path_rate` or `features_only`.
 
     Raises:
@@ -62,11 +68,11 @@ def create_model(
     if path is not None and options.get("features_only"):
         rest = {key: value for key, value in options.items() if key not in ("features_only", "out_indices")}
         whole = timm.create_model(name, **{**rest, "num_classes": 0})
-        load_official(whole, path, resize=True, new_head=True)
+        load_official(whole, path, resize=resize, new_head=True)
         state = {f"model.{key}": value for key, value in whole.state_dict().items()}
         model.load_state_dict({key: state[key] for key in model.state_dict()})
     elif path is not None:
-        load_official(model, path, resize=True, new_head="num_classes" in options)
+        load_official(model, path, resize=resize, new_head="num_classes" in options)
     return model
 
 
@@ -123,12 +129,13 @@ def load_official(
 
 def _with_head(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """The state with the head that a model of `own` needs: the file's, zeros, or none."""
-    body = {name: value for name, value in state.items() if name not in HEAD}
-    head = [name for name in HEAD if name in own]
-    if all(name in state and state[name].shape == own[name].shape for name in head):
-        return {**body, **{name: state[name] for name in head}}
+    if "head.weight" not in own:
+        return {name: value for name, value in state.items() if name not in HEAD}
+    given = [state[name].shape[:1] for name in HEAD if name in state]
+    if len(given) < len(HEAD) or given == [own[name].shape[:1] for name in HEAD]:
+        return dict(state)  # what is missing or fits is for the strict loader to judge
     log.warning("%s: its head does not fit %d classes, so the head starts at zero", path, len(own["head.bias"]))
-    return {**body, **{name: torch.zeros_like(own[name]) for name in head}}
+    return {**state, **{name: torch.zeros_like(own[name]) for name in HEAD}}
 
 
 def _advice(model: nn.Module, state: Mapping[str, Tensor], resize: bool) -> str:

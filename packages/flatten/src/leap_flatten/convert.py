@@ -107,7 +107,7 @@ def _verify(path: Path, state: Mapping[str, Tensor], model: nn.Module | None) ->
     again = read_official(path)
     differing = [name for name in {**state, **again} if not _same(state.get(name), again.get(name))]
     if differing:
-        raise RuntimeError(f"{path}: {len(differing)} tensors came out another way than they went in: {differing[:5]}")
+        raise RuntimeError(f"{path}: {len(differing)} tensors are not those that were read: {differing[:5]}")
     if model is None:
         return "tensors"
     size: Any = model.img_size
@@ -130,12 +130,12 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def fuse_for_inference(model: Module) -> Module:
-    """A copy of a model or layer that gives the same and is faster, in eval mode and without gradients.
+    """A copy of a model or layer that gives the same in fewer steps, in eval mode and without gradients.
 
     1 / softplus(scale), which queries and keys are multiplied by behind their ReLU, moves into the rows of their
     projections and into the positional encoding: relu(x) g + floor = max(x g + floor, floor) with g > 0. Rounding apart
     (about 4e-7 of the largest output) nothing changes, and every image size goes on working. The model given stays as
-    it was; one that is folded already is copied.
+    it was; of one that is folded already the copy is the same.
 
     The state dict of the copy has `floor` (1e-6 / softplus(scale) of each channel) in place of `scale`: neither loads
     into a model of the other kind, so load and save weights before.

@@ -26,10 +26,10 @@ Keys = Float[Tensor, "batch keys channels"]
 
 def check_focus(power: Number, kernel_size: int, denominator: str) -> None:
     """Raise UserError where a focusing factor, a kernel size or a denominator is impossible."""
-    if not 0 < power < math.inf:
-        raise UserError(f"focusing_factor {power}: expected a number above 0, the paper takes 3")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise UserError(f"kernel_size {kernel_size}: expected an odd number, the paper takes 5")
+    if not isinstance(power, (int, float)) or not 0 < power < math.inf:
+        raise UserError(f"focusing_factor {power!r}: expected a number above 0, the paper takes 3")
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise UserError(f"kernel_size {kernel_size!r}: expected an odd number, the paper takes 5")
     if denominator not in DENOMINATORS:
         raise UserError(f"denominator {denominator!r}: expected 'mean' (current release) or 'sum' (first release)")
 
@@ -49,11 +49,12 @@ def check_finite(name: str, x: Tensor) -> None:
     """
     if is_traced() or x.device.type != "cpu" or x.grad_fn is not None:
         return
-    with torch.no_grad():
-        try:
-            finite = x.sum(dtype=reference.widest(x.dtype)).isfinite() or x.isfinite().all()  # sums may overflow
-        except RuntimeError:  # vmap and other tracers have no values either
-            return
+    plain = x.detach()
+    try:
+        total = plain.sum(dtype=reference.widest(x.dtype)).item()
+        finite = math.isfinite(total) or bool(plain.isfinite().all())  # sums may overflow
+    except RuntimeError:  # vmap and other tracers have no values either
+        return
     if not finite:
         raise UserError(f"{name} of shape {tuple(x.shape)} holds NaN or infinity: expected finite numbers")
 
@@ -101,7 +102,10 @@ def attend(
     if weight is None or value.shape[1] >= hw[0] * hw[1]:
         return ops.focused_linear_attention(*tensors, weight, bias, *numbers, *hw)
     out = ops.focused_linear_attention(*tensors, None, None, *numbers, *hw)
-    return out + reference.depthwise(stretch(value, hw[0] * hw[1]), weight, bias, hw)
+    wide = reference.widest(query.dtype)
+    kernels, offsets = weight.to(wide), None if bias is None else bias.to(wide)
+    local = reference.depthwise(stretch(value.to(wide), hw[0] * hw[1]), kernels, offsets, hw)
+    return (out.to(wide) + local).to(out.dtype)
 
 
 def focused_linear_attention(

@@ -37,7 +37,7 @@ class Scene(NamedTuple):
 
 
 def draw(size: Size, generator: torch.Generator, most: int = 4) -> Scene:
-    """Anti-aliased discs, triangles and boxes, turned at random, before one another on a textured background.
+    """Anti-aliased discs, triangles and boxes, bright and a little turned, before one another on a textured background.
 
     Args:
         size: height and width in pixels.
@@ -50,21 +50,20 @@ def draw(size: Size, generator: torch.Generator, most: int = 4) -> Scene:
     if min(size) < SMALLEST_SIDE or most < 1:
         expected = f"expected {SMALLEST_SIDE} pixels or more each way, and 1 shape or more"
         raise UserError(f"a scene of {size[0]}x{size[1]} pixels with up to {most} shapes: {expected}")
+    count = int(torch.randint(1, most + 1, (), generator=generator))
+    drawn = torch.randint(1, len(CLASSES), (count,), generator=generator)
     ground = 0.1 + 0.4 * torch.rand(3, 1, 1, generator=generator)
     image, owner = _texture(ground, size, generator), torch.zeros(size, dtype=torch.int64)
-    drawn = torch.randint(
-        1, len(CLASSES), (int(torch.randint(1, most + 1, (), generator=generator)),), generator=generator
-    )
-    areas = torch.empty(len(drawn))
+    areas = torch.empty(count)
     for index, label in enumerate(drawn.tolist()):
         coverage = (0.5 - _distance(label, size, generator)).clamp(0, 1)
         colour = 0.6 + 0.4 * torch.rand(3, 1, 1, generator=generator)
         image = image.lerp(_texture(colour, size, generator), coverage)
         owner[coverage > 0.5], areas[index] = index + 1, (coverage > 0.5).sum()
-    masks = owner == torch.arange(1, len(drawn) + 1)[:, None, None]
+    masks = owner == torch.arange(1, count + 1)[:, None, None]
     seen = masks.sum((1, 2)) > VISIBLE_SHARE * areas
     boxes = masks_to_boxes(masks[seen]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
-    return Scene(image, boxes, drawn[seen], masks[seen], torch.cat((torch.zeros(1, dtype=torch.int64), drawn))[owner])
+    return Scene(image, boxes, drawn[seen], masks[seen], F.pad(drawn, (1, 0))[owner])
 
 
 def _texture(colour: Float[Tensor, "3 1 1"], size: Size, generator: torch.Generator) -> Float[Tensor, "3 height width"]:
@@ -81,13 +80,15 @@ def _distance(label: int, size: Size, generator: torch.Generator) -> Float[Tenso
 
     A disc is all points near its centre; triangles and boxes are what lies within each of their sides.
     """
-    radius, turn, down, right, first, second = torch.rand(6, generator=generator)
+    radius, turn, down, right, *sides = torch.rand(6, generator=generator).tolist()
     radius = min(size) * (0.14 + 0.14 * radius)
-    rows = torch.arange(size[0]) + 0.5 - radius - down * (size[0] - 2 * radius)
+    rows = torch.arange(size[0])[:, None] + 0.5 - radius - down * (size[0] - 2 * radius)
     columns = torch.arange(size[1]) + 0.5 - radius - right * (size[1] - 2 * radius)
+    distance = torch.full(size, -math.inf)
     if CLASSES[label] == "disc":
-        return torch.hypot(rows[:, None], columns) - 0.75 * radius
-    insides = (0.55,) * 3 if CLASSES[label] == "triangle" else (0.45 + 0.25 * first, 0.45 + 0.25 * second) * 2
-    angles = 2 * math.pi * (0.1 * (turn - 0.5) + torch.arange(len(insides)) / len(insides))
-    across = torch.sin(angles)[:, None, None] * rows[:, None] + torch.cos(angles)[:, None, None] * columns
-    return (across - radius * torch.tensor(insides)[:, None, None]).amax(0)
+        return distance.maximum(torch.hypot(rows, columns) - 0.75 * radius)
+    insides = [0.55] * 3 if CLASSES[label] == "triangle" else [0.45 + 0.25 * side for side in sides] * 2
+    for index, inside in enumerate(insides):
+        angle = 2 * math.pi * (0.1 * (turn - 0.5) + index / len(insides))
+        distance = distance.maximum(math.sin(angle) * rows + math.cos(angle) * columns - radius * inside)
+    return distance

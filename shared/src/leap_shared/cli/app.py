@@ -60,8 +60,8 @@ class Command:
 class App:
     """Command line of one package: ``app = App("leap-oper", "leap_oper", (Train, Demo))``, then ``app.main()``.
 
-    Adds the flag ``--version`` and, unless a command has that name, the verb `info`. Exit codes: 0, 2 for the user's errors (one line on stderr), 130
-    for an interrupt, 141 for a closed pipe, 1 with its traceback for anything else.
+    Adds the flag ``--version`` and, unless a command has that name, the verb `info`. Exit codes: 0, 2 for the user's
+    errors (one line on stderr), 130 for an interrupt, 141 for a closed pipe, 1 with its traceback for anything else.
     """
 
     name: str

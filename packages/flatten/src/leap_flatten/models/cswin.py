@@ -23,8 +23,9 @@ class FlattenCSWin(FiniteImages, CSWin):
     Args:
         attn_type: a letter per stage, L linear, S softmax, M mixed (``LLMS2``: the first two blocks of stage 3 are L).
         split_sizes: width of the softmax stripes by stage; the last stage always sees the whole map.
-        la_split_size: width of the linear stripes by stage, joined by dashes as in ``56-28-14-7``; a width that covers
-            the map gives one branch over it. None lets every linear block see the whole map at every size.
+        la_split_size: width of the linear stripes by stage, joined by dashes as in ``56-28-14-7``; one that covers the
+            map's shorter side gives one branch, which goes on seeing the whole map at other sizes. None lets every
+            linear block see the whole map.
         focusing_factor, kernel_size, denominator: see `leap_flatten.FocusedLinearAttention`.
         **options: see `leap_shared.vision.bodies.CSWin`.
     """

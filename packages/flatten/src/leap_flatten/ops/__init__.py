@@ -71,6 +71,20 @@ def _forward_cpu(*args: Any) -> Any:
     return _joined(cpu.forward, args)
 
 
+def _fits(*args: Any) -> bool | str:
+    from leap_flatten.ops import triton
+
+    query, key, value, _, _, _, weight = args[:7]
+    return triton.refusal(query, key, value, weight, num_heads=args[-5]) or True
+
+
+@focused_linear_attention.backend("triton", supports=_fits)
+def _forward_triton(*args: Any) -> Any:
+    from leap_flatten.ops import triton
+
+    return _joined(triton.forward, args)
+
+
 @operator("leap_flatten::focused_linear_attention_layer")
 def focused_linear_attention_layer(
     x: Float[Tensor, "batch tokens channels"],
@@ -141,6 +155,13 @@ def focused_linear_attention_backward(
 @focused_linear_attention_backward.backend("cpu")
 def _backward_cpu(*args: Any) -> Any:
     return _joined(cpu_backward.gradients, args)
+
+
+@focused_linear_attention_backward.backend("triton", supports=lambda *args: _fits(*args[1:]))
+def _backward_triton(*args: Any) -> Any:
+    from leap_flatten.ops import triton_backward
+
+    return _joined(triton_backward.gradients, args)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - the interface of torch

@@ -64,7 +64,7 @@ class Attention:
         self.batch, self.tokens, self.channels = shape
         # Attention does not change where features are multiplied by a number, and epsilon by its square.
         lowest = floor.amin().item() if floor.numel() else SAFE
-        self.factor = 2.0 ** max(math.ceil(math.log2(SAFE / lowest)), 0) if lowest > 0 else 1.0
+        self.factor = 2.0 ** max(math.ceil(math.log2(SAFE / lowest)), 0) if 0 < lowest < math.inf else 1.0
         self.gain, self.floor = None if gain is None else gain.to(wide) * self.factor, floor.to(wide) * self.factor
         self.epsilon = epsilon * self.factor**2
         self.divides_by_peak = power not in (2, 3) or self.factor > 64 or lowest <= 0

@@ -48,7 +48,7 @@ def focus(x: Float[Tensor, "*shape channels"], power: Number) -> Float[Tensor, "
 
     Divided by its largest entry first, which cancels, no vector's power underflows.
     """
-    peak = x.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    peak = x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     raised = raise_to(x / peak, power)
     length = torch.linalg.vector_norm(raised, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     focused: Tensor = raised / length * torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leap_flatten.ops import reference
 from leap_shared.vision.bodies.grids import Number, Size
 
 __all__ = ["LARGEST_HEAD", "TINY", "Map", "Plan", "ceil", "contiguous", "convolved", "features", "forward", "head_of"]
@@ -182,11 +181,12 @@ def read_state(sums, scale, channel, valid, at, square, heads: tl.constexpr, dim
 @triton.jit
 @no_type_check
 def read_facts(facts, image, count, token, there):
-    """Of each token the largest feature, the features' norm, and that of their powers once divided by the largest."""
-    facts += image * count * 3 + token
-    peak = tl.load(facts, mask=there, other=1.0)
-    norm = tl.load(facts + count, mask=there, other=0.0)
-    return peak[:, None], norm[:, None], tl.load(facts + 2 * count, mask=there, other=1.0)[:, None]
+    """Of each token the largest feature, the features' norm, and that of their powers once divided by the largest.
+
+    Of the first token for those that are not there, whose features are 0: nothing divides by 0.
+    """
+    facts += image * count * 3 + tl.where(there, token, 0)
+    return tl.load(facts)[:, None], tl.load(facts + count)[:, None], tl.load(facts + 2 * count)[:, None]
 
 
 @triton.jit
@@ -319,7 +319,7 @@ def _sum_keys(
     key += image * key_batch
     value += image * value_batch
     state = tl.zeros((width, width), tl.float32)
-    total = tl.zeros((width,), tl.float32)
+    total = tl.zeros((tokens, width), tl.float32)
     for tile in range(part * each, (part + 1) * each):
         token = tile * tokens + tl.arange(0, tokens)
         there = token < count
@@ -329,10 +329,10 @@ def _sum_keys(
         sharp = raise_to(features(x, gain, floor, channel, valid, used) / peak, power) * (norm / length)
         its_value = read(value, token, channel, value_token, value_channel, used)
         state = tl.dot(tl.trans(sharp), its_value, state, input_precision=precision)
-        total += tl.sum(sharp, 0)
+        total += sharp
     sums += own.to(tl.int64) * (heads * dim * (dim + 1))
     tl.store(sums + at, state, mask=square)
-    tl.store(sums + heads * dim * dim + channel, total, mask=valid)
+    tl.store(sums + heads * dim * dim + channel, tl.sum(total, 0), mask=valid)
 
 
 @triton.jit

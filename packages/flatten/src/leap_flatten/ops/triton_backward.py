@@ -52,17 +52,17 @@ def _through_focus(found, of_sharp, peak, norm, length, product, used, power: tl
 @triton.jit
 @no_type_check
 def _through_features(x, of_features, gain, floor, channel, valid):
-    """Gradient for inputs, and the sums over a tile of those for gain and floor."""
+    """Gradient for inputs, and what each token adds to those for gain and floor."""
     if gain is None:
         lowest = tl.load(floor + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
         of_input = tl.where(x > lowest, of_features, 0.0)
-        of_floor = tl.sum(of_features - of_input, 0)
+        of_floor = of_features - of_input
         of_gain = tl.zeros_like(of_floor)
     else:
         factor = tl.load(gain + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
         of_input = tl.where(x > 0.0, of_features * factor, 0.0)
-        of_floor = tl.sum(of_features, 0)
-        of_gain = tl.sum(tl.where(x > 0.0, of_features * x, 0.0), 0)
+        of_floor = of_features
+        of_gain = tl.where(x > 0.0, of_features * x, 0.0)
     return of_input, of_gain, of_floor
 
 
@@ -151,9 +151,9 @@ def _query_gradients(
     sums += image * (heads * dim * (dim + 1))
     state, mean = read_state(sums, scale, channel, valid, at, square, heads, dim)
     of_state = tl.zeros((width, width), tl.float32)
-    of_mean = tl.zeros((width,), tl.float32)
-    of_gain = tl.zeros((width,), tl.float32)
-    of_floor = tl.zeros((width,), tl.float32)
+    of_mean = tl.zeros((tokens, width), tl.float32)
+    of_gain = tl.zeros((tokens, width), tl.float32)
+    of_floor = tl.zeros((tokens, width), tl.float32)
     for tile in range(part * each, (part + 1) * each):
         token = tile * tokens + tl.arange(0, tokens)
         there = token < count
@@ -167,7 +167,7 @@ def _query_gradients(
         result = tl.dot(sharp, state, input_precision=precision)
         of_share = -tl.sum(outer * result, 1)[:, None] / share
         of_state = tl.dot(tl.trans(sharp), outer, of_state, input_precision=precision)
-        of_mean += tl.sum(of_share * sharp, 0)
+        of_mean += of_share * sharp
         of_sharp = tl.dot(outer, tl.trans(state), input_precision=precision) + of_share * mean[None, :]
         product = tl.load(products + image * count + token, mask=there, other=0.0)
         of_features = _through_focus(found, of_sharp, peak, norm, length, product, used, power)
@@ -178,10 +178,10 @@ def _query_gradients(
         tl.store(target, of_input.to(of_query.dtype.element_ty), mask=used)
     of_sums += own.to(tl.int64) * (heads * dim * (dim + 1))
     tl.store(of_sums + at, of_state, mask=square)
-    tl.store(of_sums + heads * dim * dim + channel, of_mean, mask=valid)
+    tl.store(of_sums + heads * dim * dim + channel, tl.sum(of_mean, 0), mask=valid)
     of_features_sums += own.to(tl.int64) * (2 * heads * dim) + channel
-    tl.store(of_features_sums, of_gain, mask=valid)
-    tl.store(of_features_sums + heads * dim, of_floor, mask=valid)
+    tl.store(of_features_sums, tl.sum(of_gain, 0), mask=valid)
+    tl.store(of_features_sums + heads * dim, tl.sum(of_floor, 0), mask=valid)
 
 
 @triton.jit
@@ -287,8 +287,8 @@ def _key_gradients(
     of_features = _through_focus(found, of_sharp, peak, norm, length, product, used, power)
     of_input, of_gain, of_floor = _through_features(x, of_features, gain, floor, channel, valid)
     of_features_sums += own.to(tl.int64) * (2 * heads * dim) + channel
-    tl.store(of_features_sums, of_gain, mask=valid)
-    tl.store(of_features_sums + heads * dim, of_floor, mask=valid)
+    tl.store(of_features_sums, tl.sum(of_gain, 0), mask=valid)
+    tl.store(of_features_sums + heads * dim, tl.sum(of_floor, 0), mask=valid)
     at = (image * count + token[:, None]) * (heads * dim) + channel[None, :]
     tl.store(of_key + at, of_input.to(of_key.dtype.element_ty), mask=used)
     result = tl.dot(sharp, of_state, input_precision=precision)
@@ -414,8 +414,8 @@ def gradients(
     given: tuple[Any, ...] = (query, gradient, gain, floor, measured(query, None, gain, floor, plan), sums)
     numbers: tuple[Any, ...] = (scale, epsilon, count, *query.stride(), *gradient.stride())
     _query_products[(batch * tiles * num_heads,)](*given, products, tiles, *numbers, **constants)
-    found = (products.sum(1), of_query, of_sums, of_features)
-    constants["num_warps"] = 8
+    found: tuple[Any, ...] = (products.sum(1), of_query, of_sums, of_features)
+    constants |= {"num_warps": 8, "num_stages": 1}  # these hold the most: other kernels can wait for more loads at once
     _query_gradients[(batch * parts * num_heads,)](*given, *found, parts, each, *numbers, **constants)
 
     tiles = ceil(keys, plan.tokens)

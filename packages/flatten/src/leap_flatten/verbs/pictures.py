@@ -57,7 +57,7 @@ class Visualize(Command):
             raise UserError(f"--img-size {' '.join(map(str, self.img_size))}: expected a height and a width")
         size: dict[str, Any] = {"img_size": (self.img_size * 2)[:2]} if self.img_size else {}
         torch.manual_seed(context.seed)
-        model: Any = create_model(self.name, checkpoint=self.checkpoint, **size).to(context.device).eval()
+        model: Any = create_model(self.name, checkpoint=self.checkpoint, resize=True, **size).to(context.device).eval()
         height, width = model.img_size
         queries = self._pixels(height, width)
         picture = visualize.load_picture(self.image, (height, width))

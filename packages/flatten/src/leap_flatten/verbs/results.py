@@ -81,7 +81,7 @@ class Experiment(Command):
     latency: bool = True
     """Whether to time the layers over the number of tokens."""
     threads: int = 1
-    """Threads of PyTorch while training; other numbers may change the last digits."""
+    """Threads of PyTorch while training; other numbers round differently, which changes a run as another seed does."""
 
     def run(self, context: Context) -> object:
         """Run the experiment."""

@@ -68,7 +68,8 @@ class CSWinBlock(Block):
         """Height and width of each branch's stripes, and of the map padded so that they tile it."""
         share, built = self.split, len(self.attns)
         rows, columns = (min(share, *hw) if isinstance(share, int) else max(1, int(side * share)) for side in hw)
-        if built != 2 and ((rows, columns) == hw or (built == 1 and self.plugged)):
+        covers = (rows, columns) == hw or (self.plugged and (built == 1 or min(rows, columns) == min(hw)))
+        if built != 2 and covers:
             return [hw], hw
         height, width = -(-hw[0] // rows) * rows, -(-hw[1] // columns) * columns
         return [(height, columns), (rows, width)], (height, width)
