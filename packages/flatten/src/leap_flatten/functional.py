@@ -24,7 +24,7 @@ DENOMINATORS = ("mean", "sum")
 Keys = Float[Tensor, "batch keys channels"]
 
 
-def check_focus(power: Number, kernel_size: int, denominator: str) -> None:
+def check_focus(power: object, kernel_size: object, denominator: str) -> None:
     """Raise UserError where a focusing factor, a kernel size or a denominator is impossible."""
     if not isinstance(power, (int, float)) or not 0 < power < math.inf:
         raise UserError(f"focusing_factor {power!r}: expected a number above 0, the paper takes 3")

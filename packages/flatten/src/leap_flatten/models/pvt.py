@@ -17,7 +17,7 @@ __all__ = ["FlattenPVT", "FlattenPVTv2"]
 
 
 def _options(
-    attn_type: str, la_sr_ratios: str, focusing_factor: Number, kernel_size: int, denominator: str
+    attn_type: str, la_sr_ratios: object, focusing_factor: Number, kernel_size: int, denominator: str
 ) -> dict[str, Any]:
     if not isinstance(la_sr_ratios, str) or not re.fullmatch("[1-9]{4}", la_sr_ratios):
         raise UserError(f"la_sr_ratios {la_sr_ratios!r}: expected four digits above 0, one per stage, as in '2111'")
