@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--model", default="flatten_pvt_v2_b0")
     parser.add_argument("--checkpoint", help="weights to start from")
     parser.add_argument("--size", type=int, default=64, help="height of the scenes in pixels; the width is 4/3 of it")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--held-out", type=int, default=100, help="scenes to judge by")
     parser.add_argument("--lr", type=float, default=1e-3)

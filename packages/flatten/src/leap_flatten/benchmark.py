@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -171,6 +172,7 @@ def run(settings: Settings, context: Context) -> list[dict[str, Any]]:
                 warmup=settings.warmup,
                 seed=context.seed,
                 progress=context.progress,
+                timer=time.thread_time if count == 1 else time.perf_counter,  # its own, not the machine's
             )
             name = part if count == 1 or on_gpu else f"{part}-{count}-threads"
             write(rows, context.out, name, plot=True)

@@ -208,7 +208,7 @@ def gradients(
 def depthwise_gradients(gradient: Vectors, value: Vectors, weight: Tensor, hw: Size) -> tuple[Vectors, Tensor, Tensor]:
     """Gradients of `depthwise` for values, weight and bias."""
     times, channels = value.shape[2] // weight.shape[0], value.shape[2]
-    reach = weight.shape[2] // 2
+    reach = int(weight.shape[2]) // 2  # a number also where shapes are symbols: second derivatives need it
     of_image, of_weight, of_bias = torch.ops.aten.convolution_backward(
         *(to_image(x, hw) for x in (gradient, value)),
         weight.repeat(times, 1, 1, 1),

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from leap_flatten.ops import reference
-from leap_flatten.ops.triton import (
+from leap_flatten.ops.triton import measured, states
+from leap_flatten.ops.triton_tiles import (
     TINY,
     Map,
     Plan,
@@ -23,14 +24,12 @@ from leap_flatten.ops.triton import (
     convolved,
     features,
     head_of,
-    measured,
     places,
     raise_to,
     read,
     read_facts,
     read_input,
     read_state,
-    states,
 )
 from leap_shared.vision.bodies.grids import Number, Size
 
@@ -376,7 +375,7 @@ def _of_kernels(value: Tensor, gradient: Tensor, weight: Tensor, tiling: Map, pl
     grid = (parts * ceil(channels, width),)
     _kernel_gradients[grid](value, gradient, sums, *numbers, **tiling.constants(), **sizes)
     shared = sums.sum(0).reshape(-1, channels // kernels, kernels).sum(1)
-    return shared[:-1].t().reshape(weight.shape), shared[-1]
+    return shared[:-1].t().reshape(weight.shape), shared[-1].clone()
 
 
 def gradients(

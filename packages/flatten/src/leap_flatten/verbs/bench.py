@@ -14,8 +14,8 @@ class Bench(Command):
     """Measure layers, training and whole models beside their peers, interleaved, and their growth with the tokens.
 
     Parts are modules, operator, training, models and tokens; each writes its table, picture and the machine's stamp,
-    tokens also its growth as a figure, and all together memory.md. On a CPU everything is in float32; on a GPU in
-    bfloat16, in batches of 64, and models are compiled.
+    tokens also its growth as a figure, and all together memory.md. On a CPU everything is in float32, and one thread is
+    timed by its own clock; on a GPU in bfloat16, in batches of 64, and models are compiled.
 
     Examples:
         leap-flatten bench --parts modules --threads 1
