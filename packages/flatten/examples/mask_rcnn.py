@@ -1,6 +1,19 @@
 """Mask R-CNN of torchvision on the feature pyramid of any FLatten model, trained from scratch on generated scenes.
 
-python examples/mask_rcnn.py --model flatten_pvt_v2_b0 --steps 600
+    OMP_NUM_THREADS=1 python examples/mask_rcnn.py --model flatten_pvt_v2_b0 --size 64 --steps 500
+
+took 3.3 minutes of one CPU thread with torch 2.15 (800 steps: 5.4 minutes, AP50 94.5) and printed
+
+    step   83  loss 1.48
+    step  166  loss 1.07
+    step  249  loss 0.97
+    step  332  loss 0.85
+    step  415  loss 0.78
+    step  498  loss 0.68
+    AP50 of boxes on 100 held-out scenes: 91.0
+    wrote mask_rcnn.png
+
+Losses are means since the line before. Sizes need not be multiples of 32; `--checkpoint` starts from published weights.
 """
 
 from __future__ import annotations
@@ -51,7 +64,8 @@ class Pyramid(nn.Module):
 def detector(features: Any, shorter_side: int, channels: int = 64) -> MaskRCNN:
     """The detector; its heads are narrower and its anchors smaller than the defaults, which are for photographs.
 
-    torchvision scales every image to `shorter_side`, normalises it, and pads the batch to multiples of 32.
+    torchvision scales every image to `shorter_side`, normalises it, and pads the batch to multiples of 32. Its pooling
+    guesses the strides from the first batch: below 68 pixels it can be wrong there unless sides are multiples of 32.
     """
     return MaskRCNN(
         Pyramid(features, channels),

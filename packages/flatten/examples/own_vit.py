@@ -1,6 +1,15 @@
 """FocusedLinearAttention in a transformer of one's own, and in one of timm's, on the digits of scikit-learn.
 
-python examples/own_vit.py
+    OMP_NUM_THREADS=1 python examples/own_vit.py
+
+took half a minute of one CPU thread with torch 2.15 and printed
+
+    own, softmax          first loss 2.57, last 0.01  88.3% of 597 test digits
+    own, focused linear   first loss 2.37, last 0.01  91.5% of 597 test digits
+    timm, softmax         first loss 2.33, last 0.22  86.9% of 597 test digits
+    timm, focused linear  first loss 2.30, last 0.01  92.1% of 597 test digits
+
+One seed and 1200 digits to train on: `leap-flatten experiment` compares the attentions with more care.
 """
 
 from __future__ import annotations

@@ -1,6 +1,20 @@
-"""Semantic FPN (Kirillov et al. 2019, the light head of the paper's ADE20K table) on a FLatten model, from scratch.
+"""Semantic FPN (Kirillov et al. 2019, the light head of the paper's ADE20K table) on any FLatten model, from scratch.
 
-python examples/segmentation.py --model flatten_pvt_v2_b0 --steps 300
+    OMP_NUM_THREADS=1 python examples/segmentation.py --model flatten_pvt_v2_b0 --size 64 --steps 600
+
+took 2.1 minutes of one CPU thread with torch 2.15 and printed
+
+    step  100  loss 0.299
+    step  200  loss 0.154
+    step  300  loss 0.104
+    step  400  loss 0.068
+    step  500  loss 0.057
+    step  600  loss 0.054
+    background 99.0  disc 84.6  triangle 79.3  box 72.9
+    mIoU on 100 held-out scenes: 83.9
+    wrote segmentation.png: scenes, their classes, the classes found
+
+Losses are means since the line before. Sizes need not be multiples of 32; `--checkpoint` starts from published weights.
 """
 
 from __future__ import annotations
