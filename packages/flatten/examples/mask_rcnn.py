@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scenes import CLASSES, Scene, draw
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -36,7 +37,6 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 import leap_flatten as lf
-from leap_flatten.scenes import CLASSES, Scene, draw
 from leap_shared.errors import UserError
 from leap_shared.files import atomic_writer
 

@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scenes import CLASSES, draw
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import leap_flatten as lf
-from leap_flatten.scenes import CLASSES, draw
 from leap_shared.errors import UserError
 from leap_shared.files import atomic_writer
 

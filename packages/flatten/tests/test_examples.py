@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scenes import CLASSES, Scene, draw
 from torch import Tensor, nn
 
 import leap_flatten as lf
-from leap_flatten.scenes import CLASSES, Scene, draw
 from leap_shared.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "examples"

@@ -84,9 +84,8 @@ class Focused(nn.Module):
 
     def kernels(self) -> tuple[Tensor, Tensor]:
         """Kernels and biases that the values' map is convolved with."""
-        bias = self.dwc.bias
-        assert bias is not None  # noqa: S101 - for the type checker
-        return self.dwc.weight, bias
+        weight, bias = self.dwc.parameters()
+        return weight, bias
 
     def _features(self) -> tuple[Tensor | None, Tensor]:
         """Gain and floor of the features; no gain where the scale is folded into the projections."""
@@ -284,7 +283,7 @@ class CSWinFocusedLinearAttention(Focused):
     Args:
         dim, num_heads: channels and heads of the branch.
         input_size: height and width of one stripe.
-        focusing_factor, kernel_size, denominator: see `FocusedLinearAttention`; the kernel is at least 3 wide.
+        focusing_factor, kernel_size, denominator: see `FocusedLinearAttention`.
     """
 
     def __init__(
@@ -302,12 +301,9 @@ class CSWinFocusedLinearAttention(Focused):
     def kernels(self) -> tuple[Tensor, Tensor]:
         """Kernels and biases of both convolutions together, one per channel."""
         (weight, bias), (lepe, lepe_bias) = super().kernels(), self.get_v.parameters()
-        margin = (weight.shape[2] - lepe.shape[2]) // 2
-        times = self.num_heads
-        both = weight.repeat(times, 1, 1, 1), F.pad(lepe, (margin,) * 4)
-        if margin < 0:
-            both = F.pad(both[0], (-margin,) * 4), lepe
-        return both[0] + both[1], bias.repeat(times) + lepe_bias
+        side = max(weight.shape[2], lepe.shape[2])
+        shared, own = (F.pad(kernel, ((side - kernel.shape[2]) // 2,) * 4) for kernel in (weight, lepe))
+        return shared.repeat(self.num_heads, 1, 1, 1) + own, bias.repeat(self.num_heads) + lepe_bias
 
     def forward(
         self, qkv: Float[Tensor, "three stripes tokens channels"], hw: Size | None = None

@@ -22,6 +22,7 @@ from leap_shared.checkpoints import Report, load_into, read, unwrap, write_safet
 from leap_shared.errors import UserError
 from leap_shared.vision.bodies import CSWinBlock, WindowAttention, drop_computed
 from leap_shared.vision.bodies.grids import Size, resample_grid
+from leap_shared.vision.optimisation import build_model
 
 __all__ = ["create_model", "load_official", "read_official", "resize_tables", "save_safetensors", "variants_of"]
 
@@ -61,10 +62,7 @@ def create_model(
     if pretrained is True:
         raise UserError(f"{name} has no weights to download: give the path of a file, checkpoint='flatten_swin_t.pth'")
     path = checkpoint or pretrained or None
-    try:
-        model: nn.Module = timm.create_model(name, **options)
-    except TypeError as error:
-        raise UserError(f"{name} does not take {options}: {error}") from error
+    model = build_model(name, options)
     if path is not None and options.get("features_only"):
         rest = {key: value for key, value in options.items() if key not in ("features_only", "out_indices")}
         whole = timm.create_model(name, **{**rest, "num_classes": 0})

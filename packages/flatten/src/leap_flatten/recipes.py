@@ -17,19 +17,13 @@ from leap_shared.vision import DataConfig, OptimiserConfig, ScheduleConfig, Trai
 from leap_shared.vision.bodies.grids import Number
 from leap_shared.vision.optimisation import parameter_groups
 
-__all__ = ["RECIPES", "LearningRates", "Protocol", "Recipe", "get", "published"]
+__all__ = ["RECIPES", "LearningRates", "Protocol", "Recipe", "get"]
 
 Protocol = Literal["reference", "timm"]
 BASE_BATCH = 512
 GPUS = 8
 POSITIONS = ("*.scale", "*.positional_encoding", "pos_embed*")
 EMA_DECAY = 0.99984
-LOGGED = {
-    "flatten_pvt_tiny": (77.758, 93.910),
-    "flatten_pvt_v2_b0": (71.098, 90.596),
-    "flatten_swin_tiny": (82.106, 95.900),
-    "flatten_cswin_tiny": (83.130, 96.376),
-}
 
 
 @dataclass(frozen=True)
@@ -326,11 +320,3 @@ def get(name: str) -> Recipe:
         UserError: there is none; the nearest names are given.
     """
     return RECIPES[find(name).name]
-
-
-def published(name: str) -> tuple[float | None, float | None]:
-    """Top-1 and top-5 on ImageNet-1K in percent: of the authors' log where there is one, else the paper's top-1.
-
-    They come from the "sum" form of the denominator, at the protocol "reference".
-    """
-    return LOGGED.get(name, (find(name).top1, None))

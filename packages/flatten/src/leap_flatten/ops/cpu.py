@@ -79,10 +79,17 @@ class Attention:
             return [x.reshape(-1, self.num_heads, self.dim).transpose(0, 1)]
         return [x[..., head * self.dim : (head + 1) * self.dim] for head in range(self.num_heads)]
 
-    def states_of(self, images: slice) -> list[Tensor]:
-        """States of a block's images, as `views` splits their tokens."""
-        states = self.states[images]
+    @staticmethod
+    def parts(states: Tensor, images: slice) -> list[Tensor]:
+        """States (or gradients for them) of a block's images, as `views` splits their tokens."""
+        states = states[images]
         return [states[0]] if states.shape[0] == 1 else list(states.unbind(1))
+
+    def taken(self, x: Tensor, block: Block, position: Tensor | None = None) -> Tensor:
+        """A copy of a block to overwrite, of keys with their position."""
+        part = x[block]
+        copied = scratch("input", self.floor, part.shape)
+        return copied.copy_(part) if position is None else torch.add(part, position[block[1]], out=copied)
 
     def powers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Powers u and ratios r of a block of inputs, which become features (over their `peak` where it divides)."""
@@ -109,7 +116,9 @@ class Attention:
         powers, ratio = self.powers(keys)
         powers *= ratio.reciprocal_()
         self.means[images] += powers.sum(1)
-        for state, sharp, plain in zip(self.states_of(images), self.views(powers), self.views(values), strict=True):
+        for state, sharp, plain in zip(
+            self.parts(self.states, images), self.views(powers), self.views(values), strict=True
+        ):
             state.baddbmm_(sharp.transpose(1, 2), plain)
 
     def divide(self, count: int) -> None:
@@ -125,7 +134,7 @@ class Attention:
         powers, ratio = self.powers(queries)
         share = torch.bmm(powers, self.apart[images]).add_(ratio, alpha=self.epsilon).reciprocal_()
         powers.view(*share.shape, self.dim).mul_(share[..., None])
-        for state, sharp, own in zip(self.states_of(images), self.views(powers), self.views(out), strict=True):
+        for state, sharp, own in zip(self.parts(self.states, images), self.views(powers), self.views(out), strict=True):
             own.baddbmm_(sharp, state)
 
     def run(
@@ -180,22 +189,11 @@ def forward(
     attention = Attention(query.shape, gain, floor, num_heads, power, epsilon)
     plain = value.to(wide)
     kernels, offsets = (None if x is None else x.to(wide) for x in (weight, bias))
-
-    def copied(x: Tensor, block: Block) -> Tensor:
-        part = x[block]
-        return scratch("input", attention.floor, part.shape).copy_(part)
-
-    def keys(block: Block) -> tuple[Tensor, Tensor]:
-        if position is None:
-            return copied(key, block), plain[block]
-        part = key[block]
-        return torch.add(part, position[block[1]], out=scratch("input", attention.floor, part.shape)), plain[block]
-
     out = attention.run(
         key.shape[1],
-        keys,
+        lambda block: (attention.taken(key, block, position), plain[block]),
         lambda: _convolved(plain, kernels, offsets, hw, query.shape[1]),
-        lambda block: copied(query, block),
+        lambda block: attention.taken(query, block),
     )
     return out.to(query.dtype)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leap_flatten.ops.cpu import Attention, Block, blocks, scratch
+from leap_flatten.ops.cpu import Attention, blocks, scratch
 from leap_flatten.ops.reference import depthwise_gradients, raise_to, widest
 from leap_shared.vision.bodies.grids import Number, Size
 
@@ -39,7 +39,7 @@ class _Backward(Attention):
         torch.mul(gradient.reshape(by_head), share[..., None], out=outer.view(by_head))
         parts = (self.views(sharp), self.views(outer), self.views(of_sharp))
         for state, of_state, own, its_outer, its_own in zip(
-            self.states_of(images), self.of_states_of(images), *parts, strict=True
+            self.parts(self.states, images), self.parts(self.of_states, images), *parts, strict=True
         ):
             its_own.baddbmm_(its_outer, state.transpose(1, 2), beta=0)
             of_state.baddbmm_(own.transpose(1, 2), its_outer)
@@ -53,17 +53,13 @@ class _Backward(Attention):
         """Gradient for a block of keys into `out`, and for their values added to `of_value`."""
         sharp, ratio = self.focused(key)
         of_sharp = scratch("of_sharp", key, key.shape)
+        states = self.parts(self.of_states, images)
         parts = (self.views(sharp), self.views(value), self.views(of_sharp), self.views(of_value))
-        for of_state, own, its_value, its_own, its_of_value in zip(self.of_states_of(images), *parts, strict=True):
+        for of_state, own, its_value, its_own, its_of_value in zip(states, *parts, strict=True):
             its_own.baddbmm_(its_value, of_state.transpose(1, 2), beta=0)
             its_of_value.baddbmm_(own, of_state)
         of_sharp += self.of_means[images][:, None]
         self._of_input(key, sharp, of_sharp, ratio, out)
-
-    def of_states_of(self, images: slice) -> list[Tensor]:
-        """Gradients for the states of a block's images, as `views` splits their tokens."""
-        found = self.of_states[images]
-        return [found[0]] if found.shape[0] == 1 else list(found.unbind(1))
 
     def _of_input(self, x: Tensor, sharp: Tensor, of_sharp: Tensor, ratio: Tensor, out: Tensor) -> None:
         """Gradient from that for focused vectors; overwrites all that it is given.
@@ -112,19 +108,12 @@ def gradients(
     plain, outer = value.to(wide), gradient.to(wide)
     batch, count, channels = key.shape
 
-    def keys(block: Block) -> Tensor:
-        part = key[block]
-        copied = scratch("input", backward.floor, part.shape).copy_(part)
-        return copied if position is None else copied.add_(position[block[1]])
-
     for block in blocks(batch, count, channels):
-        backward.add(block[0], keys(block), plain[block])
+        backward.add(block[0], backward.taken(key, block, position), plain[block])
     backward.divide(count)
     of_query, of_key = (outer.new_empty(x.shape) for x in (query, key))
     for block in blocks(batch, query.shape[1], channels):
-        part = query[block]
-        copied = scratch("input", backward.floor, part.shape).copy_(part)
-        backward.query_block(block[0], copied, outer[block], of_query[block])
+        backward.query_block(block[0], backward.taken(query, block), outer[block], of_query[block])
     backward.of_states /= max(count, 1)
     backward.of_means /= max(count, 1)
     of_weight = of_bias = floor.new_zeros(0, dtype=wide)
@@ -135,6 +124,7 @@ def gradients(
         of_map, of_weight, of_bias = depthwise_gradients(outer[:, first:], plain[:, first:], weight.to(wide), hw)
         of_value = F.pad(of_map, (0, 0, first, 0)).contiguous()
     for block in blocks(batch, count, channels):
-        backward.key_block(block[0], keys(block), plain[block], of_key[block], of_value[block])
+        keys = backward.taken(key, block, position)
+        backward.key_block(block[0], keys, plain[block], of_key[block], of_value[block])
     of_inputs = (x.to(like.dtype) for x, like in zip((of_query, of_key, of_value), given, strict=True))
     return (*of_inputs, backward.of_gain, backward.of_floor, of_weight, of_bias)

@@ -13,8 +13,6 @@ from leap_shared.cli.output import installation
 
 __all__ = ["Convert", "Info", "List"]
 
-RELEASED = ("pvt_tiny", "pvt_v2_b0", "swin_tiny", "swin_small", "swin_base", "swin_base_384", "cswin_tiny")
-
 
 @dataclass(frozen=True, kw_only=True)
 class List(Command):
@@ -29,7 +27,7 @@ class List(Command):
         """One row per variant."""
         from leap_flatten.models.variants import VARIANTS
 
-        return list(VARIANTS.values())
+        return [{k: v for k, v in vars(variant).items() if k != "logged"} for variant in VARIANTS.values()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +55,20 @@ class Info(Command):
         variant, recipe = find(self.name), recipes.get(self.name)
         with torch.device("meta"):
             model = timm.create_model(self.name)
-        top1, top5 = recipes.published(self.name)
+        top1, top5 = variant.published
         epochs = f"{recipe.epochs} + {recipe.cooldown_epochs} epochs, {recipe.batch} pictures per update"
-        released = self.name.removeprefix("flatten_") in RELEASED
         return {
-            **vars(variant),
+            "name": variant.name,
+            "parameters": variant.parameters,
+            "gmac": variant.gmac,
             "top1": top1,
             "top5": top5,
+            "image_size": variant.image_size,
+            "note": variant.note,
             "family": type(model).__name__,
             **{f"stage {number}": facts for number, facts in enumerate(_stages(model), 1)},
             "recipe": f"{epochs}: leap-flatten train --cfg {self.name}",
-            "weights": "released by the authors" if released else "none released",
+            "weights": "released by the authors" if variant.released else "none released",
         }
 
 

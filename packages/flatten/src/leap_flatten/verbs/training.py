@@ -169,6 +169,7 @@ class Eval(Command):
         """Evaluate; one row per protocol and denominator."""
         from leap_flatten import recipes
         from leap_flatten.checkpoints import create_model, load_official, read_official
+        from leap_flatten.models.variants import find
         from leap_shared.files import write_json
         from leap_shared.vision import build_transform, evaluate, evaluation_loader, open_source
         from leap_shared.vision.learner import AMP
@@ -188,7 +189,7 @@ class Eval(Command):
             found = f"{where} has {len(names)} classes, and {self.checkpoint} is for {classes}"
             raise UserError(f"{found}: give pictures of its classes, a folder for each")
         sizes: dict[str, Any] = {} if self.img_size is None else {"img_size": self.img_size}
-        top1, top5 = recipes.published(self.name) if classes == 1000 else (None, None)
+        top1, top5 = find(self.name).published if classes == 1000 else (None, None)
         rows = []
         for denominator in self.denominator:
             model = create_model(self.name, num_classes=classes, denominator=denominator, **sizes)
