@@ -217,14 +217,14 @@ def _rebranched(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     return found
 
 
-def _resized(model: nn.Module, name: str, table: Tensor, source_size: Size | None) -> Tensor:
+def _resized(model: Any, name: str, table: Tensor, source_size: Size | None) -> Tensor:
     owner = model.get_submodule(name.rpartition(".")[0])
-    image: Size = model.img_size  # type: ignore[assignment]
+    image: Size = model.img_size
     if isinstance(owner, WindowAttention):
         old, new = math.isqrt(table.shape[0]), 2 * owner.window - 1
         if old * old != table.shape[0]:
             raise UserError(f"{name} has {table.shape[0]} rows: expected a square number")
-        return resample_grid(table[None].float(), (old, old), (new, new))[0].to(table.dtype)
+        return resample_grid(table[None], (old, old), (new, new))[0]
     prefix = 0
     if isinstance(owner, Focused):
         grid, prefix = owner.grid, owner.prefix_tokens

@@ -184,6 +184,6 @@ def _fold(layers: list[Any], projections: list[tuple[Any, int]]) -> None:
         layer.register_load_state_dict_pre_hook(_refuse_scale)
 
 
-def _refuse_scale(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:  # noqa: ARG001
+def _refuse_scale(_: nn.Module, state: Mapping[str, Tensor], prefix: str, *__: object) -> None:
     if f"{prefix}scale" in state:
         raise UserError(f"{prefix}scale is folded into the projections of this model: load the weights, then fold")

@@ -163,7 +163,7 @@ def _focused(
     """Focused queries and keys of one item, and the sizes of their maps."""
     probe, calls = copy.copy(attn), []
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, hw: Size, grid: Size | None = None) -> Tensor:  # noqa: ARG001
+    def attend(query: Tensor, key: Tensor, _: Tensor, hw: Size, grid: Size | None = None) -> Tensor:
         calls.append((query, key, hw, grid or hw))
         return query
 
@@ -259,7 +259,7 @@ def layer_input(
     if block not in layers:
         linear = f"linear attention is in {', '.join(layers)}" if layers else "the model has none"
         raise UserError(f"block {block!r} (STAGE.BLOCK) is no block with linear attention: {linear}")
-    handle = layers[block].register_forward_pre_hook(lambda module, inputs: calls.append(inputs))  # noqa: ARG005
+    handle = layers[block].register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     try:
         with torch.no_grad():
             model(image)
