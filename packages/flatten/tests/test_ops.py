@@ -95,12 +95,15 @@ def run(backend: str, args: list[Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def check_both(backend: str, args: list[Any], tolerance: float) -> None:
-    """Both operators agree with the reference in float64, relative to the largest number of each tensor."""
+    """Both operators agree with the reference in float64, relative to the largest number of each tensor.
+
+    Where almost all of a gradient cancels, as a query's does with one key, its terms of about 1 are what is rounded.
+    """
     (out, found), (want, gradients) = run(backend, args), wanted(args)
     for name, got, value in zip(("output", *OUTPUTS), (out, *found), (want, *gradients), strict=True):
         assert got.shape == value.shape, name
         if value.numel():
-            error = (got.double() - value).abs().max() / value.abs().max().clamp_min(1e-30)
+            error = (got.double() - value).abs().max() / value.abs().max().clamp_min(1e-2)
             assert error <= tolerance, f"{name} is off by {error:.2g} of its largest number"
 
 
