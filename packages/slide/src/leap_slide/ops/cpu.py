@@ -1,0 +1,248 @@
+"""The forward operator on a CPU: strips of maps, channels first, so that a tap is an offset into flat memory.
+
+A strip's keys lie in scratch memory as (dim, maps, rows + 2r, width + 2r), zeros around them. Flattened behind `dim`,
+pixel p of the query meets tap (row, column) at p + row * (width + 2r) + column: products with the kernels become
+(slots x dim)(dim x pixels) ones on contiguous numbers, for many small maps and heads at once. Places that are no pixel
+have a zero query, and nobody reads their output.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leap_slide.ops.reference import inside, side_of, widest
+
+__all__ = ["Kernels", "Plan", "Strip", "Tables", "add_scores", "forward", "joined", "like", "mix"]
+__all__ += ["scratch", "shares"]
+
+PIXELS = 4096  # of a strip at 32 channels a head: what is in use of it fits a second-level cache
+
+_memory = threading.local()
+
+
+def scratch(name: str, like: Tensor, *shape: int) -> Tensor:
+    """Contiguous memory that this thread keeps, whose content the next call of that name overwrites.
+
+    A fresh tensor for every step would cost more in page faults than the arithmetic takes.
+    """
+    kept, count = vars(_memory), math.prod(shape)
+    found: Tensor | None = kept.get(key := f"{name} {like.dtype}")
+    if found is None or found.numel() < count:
+        with torch.inference_mode(mode=False):  # memory made in inference mode could not be written to outside
+            found = kept[key] = torch.empty(count, dtype=like.dtype)
+    return found[:count].view(shape)
+
+
+def joined(x: Tensor) -> Tensor:
+    """Batch and heads as one dimension: a view where memory allows it."""
+    return x.flatten(0, 1)
+
+
+def like(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An output in the memory order of `x`, and where to write it as maps of one dimension: it, or a buffer."""
+    out = torch.empty_like(x)
+    maps = joined(out)
+    if maps.data_ptr() != out.data_ptr() or dtype != x.dtype:
+        maps = torch.empty(maps.shape, dtype=dtype)
+    return out, maps
+
+
+class Kernels:
+    """Weights and biases of keys or of values, as products want them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        self.to_dim = weight.to(dtype).permute(2, 0, 1).contiguous()  # taps, dim, slots
+        self.to_slots = self.to_dim.transpose(1, 2).contiguous()
+        self.bias = bias.to(dtype).contiguous()
+
+
+class Tables:
+    """What all strips of a call share: kernels of keys and values, and what is added to logits."""
+
+    def __init__(
+        self,
+        key_weight: Tensor,
+        key_bias: Tensor,
+        value_weight: Tensor | None,
+        value_bias: Tensor | None,
+        position: Tensor | None,
+        scale: float,
+        on_logits: bool,
+        masked: bool,
+    ) -> None:
+        wide = widest(key_weight.dtype)
+        self.key = self.value = Kernels(key_weight, key_bias, wide)
+        if value_weight is not None and value_bias is not None:
+            self.value = Kernels(value_weight, value_bias, wide)
+        self.position = None if position is None else position.to(wide)
+        self.scale, self.on_logits, self.masked = scale, on_logits, masked
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Some of the batch * heads maps, and some of their rows."""
+
+    maps: slice
+    rows: slice
+
+    @property
+    def count(self) -> int:
+        """How many maps."""
+        return int(self.maps.stop - self.maps.start)
+
+    @property
+    def height(self) -> int:
+        """How many rows."""
+        return int(self.rows.stop - self.rows.start)
+
+
+class Plan:
+    """Sizes of one call: how maps are cut into strips, and where taps are in them."""
+
+    def __init__(self, query: Tensor, weight: Tensor, padded: bool) -> None:
+        self.batch, self.heads, self.dim, self.height, self.width = query.shape
+        self.side, self.padded = side_of(weight), padded
+        self.radius = self.side // 2
+        self.row = self.width + 2 * self.radius
+        taps = range(self.side)
+        self.offsets = [row * self.row + column for row in taps for column in taps]
+
+    def strips(self) -> Iterator[Strip]:
+        """Several whole small maps, or some rows of a large one."""
+        limit = max(PIXELS * torch.get_num_threads() * 32 // self.dim, 256)
+        rows = max(limit // self.row, 1)
+        maps, parts = max(rows // (self.height + 2 * self.radius), 1), max(-(-self.height // rows), 1)
+        step = max(-(-self.height // parts), 1)
+        for first in range(0, self.batch * self.heads, maps):
+            for row in range(0, self.height, step):
+                last = min(first + maps, self.batch * self.heads)
+                yield Strip(slice(first, last), slice(row, min(row + step, self.height)))
+
+    def pixels(self, strip: Strip) -> int:
+        """Flat length of a strip's queries."""
+        return self.row * (strip.height if strip.count == 1 else strip.count * (strip.height + 2 * self.radius))
+
+    def memory(self, name: str, x: Tensor, channels: int, strip: Strip) -> tuple[Tensor, Tensor]:
+        """Scratch memory of a strip: (channels, maps, rows + 2r, width + 2r), and flat behind the channels."""
+        shape = (strip.count, strip.height + 2 * self.radius, self.row)
+        places = math.prod(shape)
+        flat = scratch(name, x, channels, places + 2 * self.radius * (self.row + 1))  # taps reach behind the end
+        flat[:, places:] = 0
+        return flat[:, :places].unflatten(1, shape), flat
+
+    def rows_around(self, strip: Strip) -> tuple[slice, slice]:
+        """The rows of a map that a strip's taps reach, and where in the strip's memory they are."""
+        first, last = strip.rows.start, strip.rows.stop + 2 * self.radius
+        if self.padded:
+            return slice(first, last), slice(0, last - first)
+        shown = slice(max(first - self.radius, 0), min(last - self.radius, self.height))
+        above = shown.start + self.radius - first
+        return shown, slice(above, above + shown.stop - shown.start)
+
+    def columns(self) -> slice:
+        """Where in a row of memory the columns of keys and values are."""
+        return slice(0, self.row) if self.padded else slice(self.radius, self.radius + self.width)
+
+    def around(self, name: str, x: Tensor, wide: Tensor, strip: Strip) -> Tensor:
+        """A strip of keys or values and what is around it, flat, in the dtype of `wide`."""
+        image, flat = self.memory(name, wide, self.dim, strip)
+        (shown, place), columns = self.rows_around(strip), self.columns()
+        image[..., : columns.start] = 0
+        image[..., columns.stop :] = 0
+        image[:, :, : place.start] = 0
+        image[:, :, place.stop :] = 0
+        image[:, :, place, columns].copy_(x[strip.maps, :, shown].transpose(0, 1))
+        return flat
+
+    def spread(self, name: str, x: Tensor, wide: Tensor, strip: Strip, scale: float = 1.0) -> Tensor:
+        """A strip of queries, or of anything else by pixel, flat; zeros in places that are no pixel."""
+        image, flat = self.memory(name, wide, x.shape[1], strip)
+        image[:, :, strip.height :] = 0
+        image[..., self.width :] = 0
+        target, part = image[:, :, : strip.height, : self.width], x[strip.maps, :, strip.rows].transpose(0, 1)
+        if scale == 1.0:
+            target.copy_(part)
+        else:
+            torch.mul(part, scale, out=target) if part.dtype == target.dtype else target.copy_(part).mul_(scale)
+        return flat[:, : self.pixels(strip)]
+
+    def gathered(self, flat: Tensor, strip: Strip) -> Tensor:
+        """The pixels of flat memory: (maps, channels, rows, width)."""
+        step = (strip.height + 2 * self.radius) * self.row
+        shape = (strip.count, flat.shape[0], strip.height, self.width)
+        return flat.as_strided(shape, (step, flat.stride(0), self.row, 1))
+
+
+def add_scores(query: Tensor, key: Tensor, kernels: Kernels, plan: Plan, logits: Tensor) -> None:
+    """Add to logits (slots, pixels) the products of flat queries and keys at every tap."""
+    product = scratch("product", query, *query.shape)
+    for weight, offset in zip(kernels.to_slots, plan.offsets, strict=True):
+        torch.mul(query, key[:, offset : offset + query.shape[1]], out=product)
+        logits.addmm_(weight, product)
+
+
+def shares(plan: Plan, tables: Tables, strip: Strip, query: Tensor, key: Tensor) -> Tensor:
+    """Softmax's shares of a strip, (slots, pixels); the flat query is scaled."""
+    slots, pixels = tables.key.bias.shape[1], query.shape[1]
+    logits = torch.mm(tables.key.bias.t(), query, out=scratch("logits", query, slots, pixels))
+    add_scores(query, key, tables.key, plan, logits)
+    if tables.position is not None:
+        heads = torch.arange(strip.maps.start, strip.maps.stop) % plan.heads
+        position, apart = tables.position[heads].t()[:, :, None], logits.view(slots, strip.count, -1)
+        if tables.on_logits:
+            apart += position
+        else:
+            apart.addcmul_(position, query.sum(0).view(strip.count, -1))
+    if tables.masked:
+        visible = inside((plan.height, plan.width), plan.side, query.device)[:, strip.rows]
+        image, flat = plan.memory("mask", query, slots, strip)
+        flat.zero_()
+        image[:, :, : strip.height, : plan.width].masked_fill_(~visible[:, None], -math.inf)
+        logits += flat[:, :pixels]
+    return torch.softmax(logits, 0, out=scratch("shares", logits, slots, pixels))
+
+
+def mix(share: Tensor, value: Tensor, kernels: Kernels, plan: Plan, out: Tensor) -> None:
+    """Write to flat `out` what shares take of the values at every tap."""
+    torch.mm(kernels.bias, share, out=out)
+    product = scratch("product", out, *out.shape)
+    for weight, offset in zip(kernels.to_dim, plan.offsets, strict=True):
+        out.addcmul_(torch.mm(weight, share, out=product), value[:, offset : offset + share.shape[1]])
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    value_weight: Tensor | None,
+    value_bias: Tensor | None,
+    position: Tensor | None,
+    keep: Tensor | None,
+    scale: float,
+    on_logits: bool,
+    masked: bool,
+    padded: bool,
+) -> Tensor:
+    """See `leap_slide.ops.slide_attention`."""
+    tables = Tables(key_weight, key_bias, value_weight, value_bias, position, scale, on_logits, masked)
+    plan, wide = Plan(query, key_weight, padded), tables.key.bias
+    out, maps = like(query, wide.dtype)
+    queries, keys, values = joined(query), joined(key), joined(value)
+    kept = None if keep is None else joined(keep)
+    for strip in plan.strips():
+        flat = plan.spread("query", queries, wide, strip, scale)
+        share = shares(plan, tables, strip, flat, plan.around("key", keys, wide, strip))
+        if kept is not None:
+            share *= plan.spread("keep", kept, wide, strip)
+        mixed = scratch("mixed", wide, plan.dim, flat.shape[1])
+        mix(share, plan.around("value", values, wide, strip), tables.value, plan, mixed)
+        maps[strip.maps, :, strip.rows] = plan.gathered(mixed, strip)
+    return out if maps.data_ptr() == out.data_ptr() else out.copy_(maps.view(out.shape))

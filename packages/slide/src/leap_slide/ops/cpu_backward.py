@@ -1,0 +1,120 @@
+"""The backward operator on a CPU, strip by strip as the forward one.
+
+A pixel's gradient for the keys and values of its neighbours is added to flat memory at their taps' offsets; strips that
+share rows add up in the map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leap_slide.ops.cpu import Kernels, Plan, Strip, Tables, add_scores, joined, like, scratch, shares
+
+__all__ = ["gradients"]
+
+
+class _Sums:
+    """Gradients of one call for kernels and biases of keys, or of values, summed over strips."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels, self.weight, self.bias = kernels, torch.zeros_like(kernels.to_dim), torch.zeros_like(kernels.bias)
+
+    def add(
+        self, plan: Plan, source: Tensor, other: Tensor, share: Tensor, sent: Tensor, taken: Tensor | None
+    ) -> None:
+        """Add a strip's, where `source` meets the taps of `other` weighted by `share`.
+
+        Args:
+            plan: of the call.
+            source: scaled queries, or gradients of the output, (dim, pixels).
+            other: keys or values, flat.
+            share: gradients of the logits, or shares, (slots, pixels).
+            sent: flat gradient of `other`, added to.
+            taken: gradient of `source`, added to where it is wanted.
+        """
+        self.bias.addmm_(source, share.t())
+        pixels, product = source.shape[1], scratch("product", source, *source.shape)
+        for tap, offset in enumerate(plan.offsets):
+            neighbours = slice(offset, offset + pixels)
+            torch.mul(source, other[:, neighbours], out=product)
+            self.weight[tap].addmm_(product, share.t())
+            torch.mm(self.kernels.to_dim[tap], share, out=product)
+            sent[:, neighbours].addcmul_(source, product)
+            if taken is not None:
+                taken.addcmul_(product, other[:, neighbours])
+
+
+def _add_to_maps(plan: Plan, flat: Tensor, maps: Tensor, strip: Strip) -> None:
+    (shown, place), columns = plan.rows_around(strip), plan.columns()
+    shape = (strip.count, strip.height + 2 * plan.radius, plan.row)
+    image = flat[:, : shape[0] * shape[1] * shape[2]].unflatten(1, shape)
+    maps[strip.maps, :, shown] += image[:, :, place, columns].transpose(0, 1)
+
+
+def gradients(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    value_weight: Tensor | None,
+    value_bias: Tensor | None,
+    position: Tensor | None,
+    keep: Tensor | None,
+    scale: float,
+    on_logits: bool,
+    masked: bool,
+    padded: bool,
+) -> tuple[Tensor, ...]:
+    """See `leap_slide.ops.slide_attention_backward`."""
+    tables = Tables(key_weight, key_bias, value_weight, value_bias, position, scale, on_logits, masked)
+    plan, wide = Plan(query, key_weight, padded), tables.key.bias
+    outputs = [like(x, wide.dtype) for x in (query, key, value)]
+    of_query, of_key, of_value = (maps for _, maps in outputs)
+    of_key.zero_()
+    of_value.zero_()
+    queries, keys, values, outer = (joined(x) for x in (query, key, value, gradient))
+    kept = None if keep is None else joined(keep)
+    keys_sums, values_sums = _Sums(tables.key), _Sums(tables.value)
+    of_position = wide.new_zeros(0 if tables.position is None else tables.position.shape)
+    for strip in plan.strips():
+        q, k = plan.spread("query", queries, wide, strip, scale), plan.around("key", keys, wide, strip)
+        g, v = plan.spread("gradient", outer, wide, strip), plan.around("value", values, wide, strip)
+        plain = shares(plan, tables, strip, q, k)
+        of_share = torch.mm(tables.value.bias.t(), g, out=scratch("of_share", wide, *plain.shape))
+        add_scores(g, v, tables.value, plan, of_share)
+        share = plain
+        if kept is not None:
+            dropped = plan.spread("keep", kept, wide, strip)
+            of_share *= dropped
+            share = torch.mul(plain, dropped, out=scratch("share", wide, *plain.shape))
+        sent = scratch("sent", wide, *v.shape).zero_()
+        values_sums.add(plan, g, v, share, sent, None)
+        _add_to_maps(plan, sent, of_value, strip)
+        of_share -= torch.mul(plain, of_share, out=scratch("of_logits", wide, *plain.shape)).sum(0)
+        of_logits = of_share.mul_(plain)
+        sent.zero_()
+        taken = torch.mm(tables.key.bias, of_logits, out=scratch("taken", wide, *q.shape))
+        keys_sums.add(plan, q, k, of_logits, sent, taken)
+        _add_to_maps(plan, sent, of_key, strip)
+        if tables.position is not None:
+            heads = torch.arange(strip.maps.start, strip.maps.stop) % plan.heads
+            apart = of_logits.view(len(of_logits), strip.count, -1)
+            if on_logits:
+                found = apart.sum(2)
+            else:
+                found = torch.einsum("imp,mp->im", apart, q.sum(0).view(strip.count, -1))
+                taken += torch.einsum("imp,mi->mp", apart, tables.position[heads]).flatten()
+            of_position.index_add_(0, heads, found.t())
+        taken *= scale
+        of_query[strip.maps, :, strip.rows] = plan.gathered(taken, strip)
+    for out, maps in outputs:
+        if maps.data_ptr() != out.data_ptr():
+            out.copy_(maps.view(out.shape))
+    weights = [sums.weight.permute(1, 2, 0).contiguous() for sums in (keys_sums, values_sums)]
+    biases = [keys_sums.bias, values_sums.bias]
+    if value_weight is None:
+        weights, biases = [weights[0] + weights[1], wide.new_zeros(0)], [biases[0] + biases[1], wide.new_zeros(0)]
+    return *(out for out, _ in outputs), weights[0], biases[0], weights[1], biases[1], of_position
