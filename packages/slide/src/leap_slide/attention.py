@@ -79,6 +79,8 @@ class SlideAttention(nn.Module):
         UserError: a number or a name is impossible; from `forward`: the input does not fit `dim` and `hw`.
     """
 
+    relative_position_bias_table: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,
@@ -127,7 +129,8 @@ class SlideAttention(nn.Module):
             trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.proj = nn.Linear(inner, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.register_load_state_dict_pre_hook(_check_state)
+        hooks: Any = self
+        hooks.register_load_state_dict_pre_hook(_check_state)
 
     @property
     def reparameterized(self) -> bool:
@@ -137,8 +140,9 @@ class SlideAttention(nn.Module):
     def kernels(self) -> tuple[Kernels, Kernels | None]:
         """Merged weights and biases of the keys' convolution, and of the values' where they have their own."""
         if self.reparameterized:
-            merged = [(m.weight, m.bias) for name, m in self.named_children() if name.startswith(MERGED)]
-            return merged[0], None if self.share_kernel else merged[1]
+            merged: list[Any] = [module for name, module in self.named_children() if name.startswith(MERGED)]
+            kernels = [(module.weight, module.bias) for module in merged]
+            return kernels[0], None if self.share_kernel else kernels[1]
         fixed, keys = self.dep_conv, self.dep_conv1
         of_keys = merge_weights(fixed.weight, fixed.bias, keys.weight, keys.bias)
         if self.share_kernel:
@@ -163,12 +167,13 @@ class SlideAttention(nn.Module):
         """Queries, keys and values as maps of heads; in memory channels first on a CPU, and last elsewhere."""
         sizes = (self.num_heads, 1 if self.share_qkv else 3, self.head_dim)
         if x.device.type == "cpu" and _is_plain(self.qkv):
-            packed = self.qkv.weight @ x.transpose(1, 2)
-            if self.qkv.bias is not None:
-                packed = packed + self.qkv.bias[:, None]
-            maps = packed.reshape(-1, *sizes, *hw).unbind(2)
+            bias: Tensor | None = self.qkv.bias
+            weight, turned = self.qkv.weight.expand(len(x), -1, -1), x.transpose(1, 2)
+            packed = weight @ turned if bias is None else torch.baddbmm(bias[:, None], weight, turned)
+            parts = packed.unflatten(1, sizes).unbind(2)
         else:
-            maps = tuple(part.movedim((3, 4), (1, 2)) for part in self.qkv(x).reshape(-1, *hw, *sizes).unbind(4))
+            parts = tuple(part.permute(0, 2, 3, 1) for part in self.qkv(x).unflatten(2, sizes).unbind(3))
+        maps = [part.unflatten(3, hw) for part in parts]  # five dimensions are the most that Core ML takes
         return (maps[0],) * 3 if self.share_qkv else (maps[0], maps[1], maps[2])
 
     def attended(self, query: Maps, key: Maps, value: Maps) -> Maps:
@@ -192,9 +197,9 @@ class SlideAttention(nn.Module):
         check_backend(self.backend, x.device)
         hw = self._size_of(x, hw)
         tokens = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
-        out = self.attended(*self.projected(tokens, hw)).flatten(1, 2).flatten(2).transpose(1, 2)
-        out = self.proj_drop(self.proj(out))
-        return out.transpose(1, 2).unflatten(2, hw) if x.ndim == 4 else out
+        attended = self.attended(*self.projected(tokens, hw)).flatten(1, 2).flatten(2)
+        out: Tensor = self.proj_drop(self.proj(attended.transpose(1, 2)))
+        return out.transpose(1, 2).reshape(x.shape) if x.ndim == 4 else out
 
     def _size_of(self, x: Tensor, hw: Size | None) -> Size:
         given = f"input of shape {tuple(x.shape)} and type {x.dtype}"
@@ -223,9 +228,8 @@ def _is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
-def _check_state(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+def _check_state(module: SlideAttention, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Say what is wrong with a state dict where PyTorch's list of keys and shapes would not; mend a second bias."""
-    assert isinstance(module, SlideAttention)
     where, side = prefix.rstrip(".") or "the layer", module.kernel_size
     deployed = f"{prefix}{MERGED}.weight" in state
     two_paths = f"{prefix}dep_conv1.weight" in state
@@ -244,8 +248,10 @@ def _check_state(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_
         raise UserError(f"{where}: the weights have kernel_size {weight.shape[2]}, this model {side}: create it so")
     fixed = state.get(f"{prefix}dep_conv.weight")
     expected = (module.head_dim * side**2, 1, side, side)
-    if fixed is not None and fixed.shape == expected and not torch.equal(
-        fixed.cpu().float(), shift_kernel(module.head_dim, side)
+    if (
+        fixed is not None
+        and fixed.shape == expected
+        and not torch.equal(fixed.cpu().float(), shift_kernel(module.head_dim, side))
     ):
         log.warning("%s: dep_conv.weight of these weights is not the plain shift; it is taken as it is", where)
     second = f"{prefix}dep_conv.bias"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,10 @@ from leap_shared.errors import UserError, did_you_mean
 from leap_shared.ops import backends, use
 from leap_slide import ops
 from leap_slide.ops import reference
-from leap_slide.ops.reference import Maps, Slots
+from leap_slide.ops.reference import Bias, Maps, Slots, Taps
 
-__all__ = ["BACKENDS", "PADDINGS", "Kernels", "attend", "check_backend", "check_kernel_size", "is_traced"]
-__all__ = [*__all__, "merge_weights", "padded_maps", "shift_kernel", "slide_attention", "slide_attention_conv"]
+__all__ = ["BACKENDS", "PADDINGS", "Kernels", "attend", "check_backend", "check_kernel_size", "check_options"]
+__all__ += ["is_traced", "merge_weights", "padded_maps", "shift_kernel", "slide_attention", "slide_attention_conv"]
 
 BACKENDS = ("auto", "conv", "gemm", "triton")
 PADDINGS = ("zeros", "reflect", "replicate", "circular")
@@ -48,8 +49,8 @@ def check_backend(backend: str, device: torch.device | None = None) -> None:
 def is_traced() -> bool:
     """Whether torch.export or torch.jit are recording operations, rather than running or compiling them."""
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    tracing: bool = torch.jit.is_tracing()
-    return compiling or tracing
+    jit: Any = torch.jit
+    return bool(compiling or jit.is_tracing())
 
 
 def shift_kernel(dim: int, kernel_size: int) -> Weight:
@@ -99,7 +100,8 @@ def padded_maps(x: Maps, radius: int, mode: str) -> Float[Tensor, "batch heads d
             f"a map of {height}x{width} tokens is too small for padding_mode {mode!r} with a kernel of "
             f"{2 * radius + 1}x{2 * radius + 1}: use 'replicate' or 'zeros', or a larger image"
         )
-    return F.pad(x.flatten(0, 1), (radius,) * 4, mode=mode).unflatten(0, x.shape[:2])
+    around = F.pad(x.flatten(0, 1), (radius,) * 4, mode=mode)
+    return around.reshape(*x.shape[:2], *around.shape[1:])
 
 
 def slide_attention_conv(
@@ -122,24 +124,23 @@ def slide_attention_conv(
     batch, heads, dim, height, width = query.shape
     side = keys[0].shape[2]
 
-    def convolved(x: Maps, kernels: Kernels) -> Tensor:
-        around = padded_maps(x, side // 2, padding_mode).flatten(0, 1)
-        slots = F.conv2d(around, *kernels, groups=dim)
-        return slots.reshape(batch, heads, dim, side * side, height, width)
+    def convolved(x: Maps, kernels: Kernels) -> Float[Tensor, "maps dim slots height width"]:
+        around = padded_maps(x, side // 2, padding_mode).flatten(0, 1)  # Core ML takes five dimensions at most
+        return F.conv2d(around, *kernels, groups=dim).unflatten(1, (dim, side * side))
 
-    query, shifted = query * scale, convolved(key, keys)
-    if position is not None and not on_logits:
-        shifted = shifted + position[:, None, :, None, None]
-    logits = (query[:, :, :, None] * shifted).sum(2)
-    if position is not None and on_logits:
-        logits = logits + position[:, :, None, None]
+    query, shifted = (query * scale).flatten(0, 1), convolved(key, keys)
+    added = None if position is None else position.repeat(batch, 1)[:, :, None, None]
+    if added is not None and not on_logits:
+        shifted = shifted + added[:, None]
+    logits = (query[:, :, None] * shifted).sum(1)
+    if added is not None and on_logits:
+        logits = logits + added
     if masked:
-        visible = reference.inside((height, width), side, query.device)
-        logits = logits.masked_fill(~visible, -math.inf)
-    share = logits.softmax(2)
+        logits = logits.masked_fill(~reference.inside((height, width), side, query.device), -math.inf)
+    share = logits.softmax(1)
     if keep is not None:
-        share = share * keep
-    return (share[:, :, None] * convolved(value, values)).sum(3)
+        share = share * keep.flatten(0, 1)
+    return (share[:, None] * convolved(value, values)).sum(2).unflatten(0, (batch, heads))
 
 
 def attend(
@@ -177,18 +178,21 @@ def attend(
     if backend == "conv":
         numbers = (scale, on_logits, masked, padding_mode)
         return slide_attention_conv(query, key, value, keys, values or keys, position, keep, *numbers)
-    dim, side = query.shape[2], keys[0].shape[2]
+    side = keys[0].shape[2]
     padded = padding_mode != "zeros"
     if padded:
         key, value = (padded_maps(x, side // 2, padding_mode) for x in (key, value))
-    tables: list[Tensor | None] = []
-    for kernels in (keys, values):
-        weight, bias = kernels or (None, None)
-        tables.append(None if weight is None else weight.reshape(dim, side * side, side * side))
-        tables.append(None if bias is None else bias.reshape(dim, side * side))
-    forced = {"gemm": "cpu" if query.device.type == "cpu" else "reference", "triton": "triton"}
-    with use(forced[backend]) if backend in forced else contextlib.nullcontext():
-        return ops.slide_attention(query, key, value, *tables, position, keep, scale, on_logits, masked, padded)  # type: ignore[arg-type] # the first two tables are never None
+    (weight, bias), (own_weight, own_bias) = _by_tap(keys), (None, None) if values is None else _by_tap(values)
+    tensors = (query, key, value, weight, bias, own_weight, own_bias, position, keep)
+    forced = {"gemm": "cpu" if query.device.type == "cpu" else "reference", "triton": "triton"}.get(backend)
+    with use(forced) if forced and not torch.compiler.is_compiling() else contextlib.nullcontext():
+        return ops.slide_attention(*tensors, scale, on_logits, masked, padded)
+
+
+def _by_tap(kernels: Kernels) -> tuple[Taps, Bias]:
+    """Weights by channel, slot and tap, and biases by channel and slot."""
+    (weight, bias), slots = kernels, kernels[0].shape[2] ** 2
+    return weight.reshape(-1, slots, slots), bias.reshape(-1, slots)
 
 
 def slide_attention(
@@ -197,7 +201,7 @@ def slide_attention(
     v: Float[Tensor, "batch height width channels"],
     weight: Weight,
     bias: Float[Tensor, " kernels"],
-    rpb: Float[Tensor, "..."] | None = None,
+    rpb: Tensor | None = None,
     *,
     num_heads: int,
     kernel_size: int = 3,
@@ -257,7 +261,7 @@ def slide_attention(
     if rpb is not None and rpb.numel() != num_heads * slots:
         raise UserError(f"rpb has {rpb.numel()} numbers: expected {num_heads} heads times {slots} slots")
     position = None if rpb is None else rpb.reshape(num_heads, slots)
-    query, key, value = (x.unflatten(3, (num_heads, dim)).permute(0, 3, 4, 1, 2) for x in (q, k, v))
+    query, key, value = (x.reshape(*x.shape[:3], num_heads, dim).permute(0, 3, 4, 1, 2) for x in (q, k, v))
     numbers = (dim**-0.5 if scale is None else float(scale), rpb_on == "logits", mask_padding, padding_mode)
     out = attend(query, key, value, keys, values, position, None, *numbers, backend)
     return out.permute(0, 3, 4, 1, 2).flatten(3)

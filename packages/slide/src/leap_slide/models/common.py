@@ -25,7 +25,7 @@ def slide_attention(**options: Any) -> Callable[[Site], nn.Module]:
     return partial(_attention, options)
 
 
-def stages(num_slide_stages: int) -> str:
+def stages(num_slide_stages: object) -> str:
     """The bodies' `attn_type`: slide attention in the first stages, softmax attention in the others."""
     if not isinstance(num_slide_stages, int) or not 0 <= num_slide_stages <= 4:
         raise UserError(f"num_slide_stages {num_slide_stages!r}: expected 0 to 4, there are four stages")

@@ -65,10 +65,7 @@ class NeighborhoodAttention(nn.Module):
         """Tokens of a map of `hw` to tokens of the same shape."""
         packed = self.qkv(x).reshape(-1, *hw, 3, self.num_heads, x.shape[2] // self.num_heads)
         query, key, value = packed.unbind(3)
-        natten = self.implementation == "natten" or (
-            self.implementation == "auto" and self.rpb is None and x.is_cuda and self._has_natten(hw)
-        )
-        if natten and min(hw) >= self.kernel_size and not (self.attn_drop and self.training):
+        if self._by_natten(x, hw):
             from natten import na2d
 
             out = na2d(query, key, value, kernel_size=self.kernel_size).flatten(1, 2)
@@ -77,8 +74,12 @@ class NeighborhoodAttention(nn.Module):
         projected: Tensor = self.proj_drop(self.proj(out.flatten(2)))
         return projected
 
-    def _has_natten(self, hw: Size) -> bool:
-        return min(hw) >= self.kernel_size and importlib.util.find_spec("natten") is not None
+    def _by_natten(self, x: Tensor, hw: Size) -> bool:
+        if min(hw) < self.kernel_size or (self.attn_drop and self.training):
+            return False
+        biased: Tensor | None = self.rpb
+        fits = biased is None and x.is_cuda and importlib.util.find_spec("natten") is not None
+        return self.implementation == "natten" or (self.implementation == "auto" and fits)
 
     def _strip(self, query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:
         """The tokens of rows from `first` on, as many as the kernel has."""
@@ -90,8 +91,11 @@ class NeighborhoodAttention(nn.Module):
         mask: Tensor = (within[0][:, None, :, None] & within[1][None, :, None, :]).flatten(2).flatten(0, 1)
         if self.rpb is not None:
             own = torch.arange(first, last, device=query.device)
-            far = [(keys - queries[:, None]).clamp(1 - side, side - 1) for keys, queries in ((rows, own), (place, place))]
-            bias = self.rpb[:, far[0][:, None, :, None] + side - 1, far[1][None, :, None, :] + side - 1]
+            down, right = (
+                (keys - queries[:, None]).clamp(1 - side, side - 1) + side - 1
+                for keys, queries in ((rows, own), (place, place))
+            )
+            bias = self.rpb[:, down[:, None, :, None], right[None, :, None, :]]
             mask = bias.flatten(3).flatten(1, 2).masked_fill(~mask, -math.inf)[None]
         queries, keys, values = (
             part.flatten(1, 2).transpose(1, 2)

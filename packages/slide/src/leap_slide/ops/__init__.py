@@ -134,7 +134,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 @slide_attention.backward(_save)
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     given = ctx.saved_tensors
-    found = slide_attention_backward(gradient, *given, ctx.scale, ctx.on_logits, ctx.masked, ctx.padded)
+    arguments = (gradient, *given, ctx.scale, ctx.on_logits, ctx.masked, ctx.padded)
+    found = slide_attention_backward(*arguments)
     return *(None if x is None else g.to(x.dtype) for x, g in zip(given[:8], found, strict=True)), *(None,) * 5
 
 

@@ -21,6 +21,7 @@ from leap_slide.ops.reference import inside, side_of, widest
 __all__ = ["Kernels", "Plan", "Strip", "Tables", "add_scores", "forward", "joined", "like", "mix"]
 __all__ += ["scratch", "shares"]
 
+AROUND = ("key", "value")  # memory that taps reach around
 PIXELS = 4096  # of a strip at 32 channels a head: what is in use of it fits a second-level cache
 
 _memory = threading.local()
@@ -53,12 +54,18 @@ def like(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, maps
 
 
+def _share(total: int, most: int) -> int:
+    """Size of equal parts of `most` or fewer."""
+    return max(-(-total // max(-(-total // most), 1)), 1)
+
+
 class Kernels:
     """Weights and biases of keys or of values, as products want them."""
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
-        self.to_dim = weight.to(dtype).permute(2, 0, 1).contiguous()  # taps, dim, slots
-        self.to_slots = self.to_dim.transpose(1, 2).contiguous()
+        by_tap = weight.to(dtype).permute(2, 0, 1).contiguous()
+        self.to_dim = by_tap.unbind(0)  # (dim, slots) of every tap
+        self.to_slots = by_tap.transpose(1, 2).contiguous().unbind(0)
         self.bias = bias.to(dtype).contiguous()
 
 
@@ -72,6 +79,7 @@ class Tables:
         value_weight: Tensor | None,
         value_bias: Tensor | None,
         position: Tensor | None,
+        maps: int,
         scale: float,
         on_logits: bool,
         masked: bool,
@@ -80,7 +88,9 @@ class Tables:
         self.key = self.value = Kernels(key_weight, key_bias, wide)
         if value_weight is not None and value_bias is not None:
             self.value = Kernels(value_weight, value_bias, wide)
-        self.position = None if position is None else position.to(wide)
+        self.position = None
+        if position is not None:  # (slots, maps)
+            self.position = position.to(wide).t().repeat(1, maps // max(len(position), 1))
         self.scale, self.on_logits, self.masked = scale, on_logits, masked
 
 
@@ -112,29 +122,39 @@ class Plan:
         self.row = self.width + 2 * self.radius
         taps = range(self.side)
         self.offsets = [row * self.row + column for row in taps for column in taps]
+        self._kept: dict[str, object] = {}
 
     def strips(self) -> Iterator[Strip]:
         """Several whole small maps, or some rows of a large one."""
         limit = max(PIXELS * torch.get_num_threads() * 32 // self.dim, 256)
-        rows = max(limit // self.row, 1)
-        maps, parts = max(rows // (self.height + 2 * self.radius), 1), max(-(-self.height // rows), 1)
-        step = max(-(-self.height // parts), 1)
-        for first in range(0, self.batch * self.heads, maps):
+        rows, total = max(limit // self.row, 1), self.batch * self.heads
+        step, maps = _share(self.height, rows), _share(total, max(rows // (self.height + 2 * self.radius), 1))
+        for first in range(0, total, maps):
             for row in range(0, self.height, step):
-                last = min(first + maps, self.batch * self.heads)
-                yield Strip(slice(first, last), slice(row, min(row + step, self.height)))
+                yield Strip(slice(first, min(first + maps, total)), slice(row, min(row + step, self.height)))
 
     def pixels(self, strip: Strip) -> int:
         """Flat length of a strip's queries."""
         return self.row * (strip.height if strip.count == 1 else strip.count * (strip.height + 2 * self.radius))
 
-    def memory(self, name: str, x: Tensor, channels: int, strip: Strip) -> tuple[Tensor, Tensor]:
-        """Scratch memory of a strip: (channels, maps, rows + 2r, width + 2r), and flat behind the channels."""
+    def memory(self, name: str, x: Tensor, channels: int, strip: Strip, shown: slice) -> tuple[Tensor, Tensor]:
+        """Scratch memory of a strip: (channels, maps, rows + 2r, width + 2r), and flat behind the channels.
+
+        All but the rows `shown` and their columns is zero. Strips of one shape that write no more than these into
+        memory of this name find the zeros of the strip before.
+        """
         shape = (strip.count, strip.height + 2 * self.radius, self.row)
-        places = math.prod(shape)
+        places, columns = math.prod(shape), self.columns(name)
         flat = scratch(name, x, channels, places + 2 * self.radius * (self.row + 1))  # taps reach behind the end
-        flat[:, places:] = 0
-        return flat[:, :places].unflatten(1, shape), flat
+        image = flat[:, :places].view(channels, *shape)
+        if self._kept.get(name) != (shape, shown):
+            self._kept[name] = shape, shown
+            flat[:, places:] = 0
+            image[:, :, : shown.start] = 0
+            image[:, :, shown.stop :] = 0
+            image[..., : columns.start] = 0
+            image[..., columns.stop :] = 0
+        return image[:, :, shown, columns], flat
 
     def rows_around(self, strip: Strip) -> tuple[slice, slice]:
         """The rows of a map that a strip's taps reach, and where in the strip's memory they are."""
@@ -145,31 +165,29 @@ class Plan:
         above = shown.start + self.radius - first
         return shown, slice(above, above + shown.stop - shown.start)
 
-    def columns(self) -> slice:
-        """Where in a row of memory the columns of keys and values are."""
+    def columns(self, name: str) -> slice:
+        """Where in a row of memory the columns of keys and values are, or those of pixels."""
+        if name not in AROUND:
+            return slice(0, self.width)
         return slice(0, self.row) if self.padded else slice(self.radius, self.radius + self.width)
 
     def around(self, name: str, x: Tensor, wide: Tensor, strip: Strip) -> Tensor:
         """A strip of keys or values and what is around it, flat, in the dtype of `wide`."""
-        image, flat = self.memory(name, wide, self.dim, strip)
-        (shown, place), columns = self.rows_around(strip), self.columns()
-        image[..., : columns.start] = 0
-        image[..., columns.stop :] = 0
-        image[:, :, : place.start] = 0
-        image[:, :, place.stop :] = 0
-        image[:, :, place, columns].copy_(x[strip.maps, :, shown].transpose(0, 1))
+        shown, place = self.rows_around(strip)
+        target, flat = self.memory(name, wide, self.dim, strip, place)
+        target.copy_(x[strip.maps, :, shown].transpose(0, 1))
         return flat
 
     def spread(self, name: str, x: Tensor, wide: Tensor, strip: Strip, scale: float = 1.0) -> Tensor:
         """A strip of queries, or of anything else by pixel, flat; zeros in places that are no pixel."""
-        image, flat = self.memory(name, wide, x.shape[1], strip)
-        image[:, :, strip.height :] = 0
-        image[..., self.width :] = 0
-        target, part = image[:, :, : strip.height, : self.width], x[strip.maps, :, strip.rows].transpose(0, 1)
+        target, flat = self.memory(name, wide, x.shape[1], strip, slice(0, strip.height))
+        part = x[strip.maps, :, strip.rows].transpose(0, 1)
         if scale == 1.0:
             target.copy_(part)
+        elif part.dtype == target.dtype:
+            torch.mul(part, scale, out=target)
         else:
-            torch.mul(part, scale, out=target) if part.dtype == target.dtype else target.copy_(part).mul_(scale)
+            target.copy_(part).mul_(scale)
         return flat[:, : self.pixels(strip)]
 
     def gathered(self, flat: Tensor, strip: Strip) -> Tensor:
@@ -193,17 +211,15 @@ def shares(plan: Plan, tables: Tables, strip: Strip, query: Tensor, key: Tensor)
     logits = torch.mm(tables.key.bias.t(), query, out=scratch("logits", query, slots, pixels))
     add_scores(query, key, tables.key, plan, logits)
     if tables.position is not None:
-        heads = torch.arange(strip.maps.start, strip.maps.stop) % plan.heads
-        position, apart = tables.position[heads].t()[:, :, None], logits.view(slots, strip.count, -1)
+        position, apart = tables.position[:, strip.maps, None], logits.view(slots, strip.count, -1)
         if tables.on_logits:
             apart += position
         else:
             apart.addcmul_(position, query.sum(0).view(strip.count, -1))
     if tables.masked:
         visible = inside((plan.height, plan.width), plan.side, query.device)[:, strip.rows]
-        image, flat = plan.memory("mask", query, slots, strip)
-        flat.zero_()
-        image[:, :, : strip.height, : plan.width].masked_fill_(~visible[:, None], -math.inf)
+        target, flat = plan.memory("mask", query, slots, strip, slice(0, strip.height))
+        target.zero_().masked_fill_(~visible[:, None], -math.inf)
         logits += flat[:, :pixels]
     return torch.softmax(logits, 0, out=scratch("shares", logits, slots, pixels))
 
@@ -232,8 +248,10 @@ def forward(
     padded: bool,
 ) -> Tensor:
     """See `leap_slide.ops.slide_attention`."""
-    tables = Tables(key_weight, key_bias, value_weight, value_bias, position, scale, on_logits, masked)
-    plan, wide = Plan(query, key_weight, padded), tables.key.bias
+    plan = Plan(query, key_weight, padded)
+    numbers = (plan.batch * plan.heads, scale, on_logits, masked)
+    tables = Tables(key_weight, key_bias, value_weight, value_bias, position, *numbers)
+    wide = tables.key.bias
     out, maps = like(query, wide.dtype)
     queries, keys, values = joined(query), joined(key), joined(value)
     kept = None if keep is None else joined(keep)

@@ -18,11 +18,10 @@ class _Sums:
     """Gradients of one call for kernels and biases of keys, or of values, summed over strips."""
 
     def __init__(self, kernels: Kernels) -> None:
-        self.kernels, self.weight, self.bias = kernels, torch.zeros_like(kernels.to_dim), torch.zeros_like(kernels.bias)
+        self.kernels, self.bias = kernels, torch.zeros_like(kernels.bias)
+        self.weight = self.bias.new_zeros(len(kernels.to_dim), *self.bias.shape)
 
-    def add(
-        self, plan: Plan, source: Tensor, other: Tensor, share: Tensor, sent: Tensor, taken: Tensor | None
-    ) -> None:
+    def add(self, plan: Plan, source: Tensor, other: Tensor, share: Tensor, sent: Tensor, taken: Tensor | None) -> None:
         """Add a strip's, where `source` meets the taps of `other` weighted by `share`.
 
         Args:
@@ -46,9 +45,9 @@ class _Sums:
 
 
 def _add_to_maps(plan: Plan, flat: Tensor, maps: Tensor, strip: Strip) -> None:
-    (shown, place), columns = plan.rows_around(strip), plan.columns()
+    (shown, place), columns = plan.rows_around(strip), plan.columns("key")
     shape = (strip.count, strip.height + 2 * plan.radius, plan.row)
-    image = flat[:, : shape[0] * shape[1] * shape[2]].unflatten(1, shape)
+    image = flat[:, : shape[0] * shape[1] * shape[2]].view(-1, *shape)
     maps[strip.maps, :, shown] += image[:, :, place, columns].transpose(0, 1)
 
 
@@ -69,8 +68,10 @@ def gradients(
     padded: bool,
 ) -> tuple[Tensor, ...]:
     """See `leap_slide.ops.slide_attention_backward`."""
-    tables = Tables(key_weight, key_bias, value_weight, value_bias, position, scale, on_logits, masked)
-    plan, wide = Plan(query, key_weight, padded), tables.key.bias
+    plan = Plan(query, key_weight, padded)
+    numbers = (plan.batch * plan.heads, scale, on_logits, masked)
+    tables = Tables(key_weight, key_bias, value_weight, value_bias, position, *numbers)
+    wide = tables.key.bias
     outputs = [like(x, wide.dtype) for x in (query, key, value)]
     of_query, of_key, of_value = (maps for _, maps in outputs)
     of_key.zero_()
@@ -78,7 +79,7 @@ def gradients(
     queries, keys, values, outer = (joined(x) for x in (query, key, value, gradient))
     kept = None if keep is None else joined(keep)
     keys_sums, values_sums = _Sums(tables.key), _Sums(tables.value)
-    of_position = wide.new_zeros(0 if tables.position is None else tables.position.shape)
+    of_position = wide.new_zeros(0 if tables.position is None else tables.position.shape)  # (slots, maps)
     for strip in plan.strips():
         q, k = plan.spread("query", queries, wide, strip, scale), plan.around("key", keys, wide, strip)
         g, v = plan.spread("gradient", outer, wide, strip), plan.around("value", values, wide, strip)
@@ -100,14 +101,13 @@ def gradients(
         keys_sums.add(plan, q, k, of_logits, sent, taken)
         _add_to_maps(plan, sent, of_key, strip)
         if tables.position is not None:
-            heads = torch.arange(strip.maps.start, strip.maps.stop) % plan.heads
             apart = of_logits.view(len(of_logits), strip.count, -1)
             if on_logits:
                 found = apart.sum(2)
             else:
                 found = torch.einsum("imp,mp->im", apart, q.sum(0).view(strip.count, -1))
-                taken += torch.einsum("imp,mi->mp", apart, tables.position[heads]).flatten()
-            of_position.index_add_(0, heads, found.t())
+                taken += torch.einsum("imp,im->mp", apart, tables.position[:, strip.maps]).flatten()
+            of_position[:, strip.maps] += found
         taken *= scale
         of_query[strip.maps, :, strip.rows] = plan.gathered(taken, strip)
     for out, maps in outputs:
@@ -117,4 +117,6 @@ def gradients(
     biases = [keys_sums.bias, values_sums.bias]
     if value_weight is None:
         weights, biases = [weights[0] + weights[1], wide.new_zeros(0)], [biases[0] + biases[1], wide.new_zeros(0)]
+    if tables.position is not None:
+        of_position = of_position.view(-1, plan.batch, plan.heads).sum(1).t().contiguous()
     return *(out for out, _ in outputs), weights[0], biases[0], weights[1], biases[1], of_position

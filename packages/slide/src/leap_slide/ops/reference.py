@@ -70,7 +70,7 @@ def _to_dim(x: Slots, weight: Bias) -> Maps:
 
 
 def _scores(query: Maps, key: Padded, weight: Taps, bias: Bias) -> Slots:
-    """query . (convolved key + bias) for every slot, without the convolved keys."""
+    """Query . (convolved key + bias) for every slot, without the convolved keys."""
     out = _to_slots(query, bias)
     for tap, shifted in enumerate(_shifts(key, side_of(weight), (query.shape[3], query.shape[4]))):
         out = out + _to_slots(query * shifted, weight[:, :, tap])
@@ -105,6 +105,15 @@ def _attention(
     return logits.softmax(2)
 
 
+def _of_values(
+    key_weight: Taps, key_bias: Bias, value_weight: Taps | None, value_bias: Bias | None
+) -> tuple[Taps, Bias]:
+    """Kernels of the values: their own, or the keys'."""
+    if value_weight is None or value_bias is None:
+        return key_weight, key_bias
+    return value_weight, value_bias
+
+
 def forward(
     query: Maps,
     key: Padded,
@@ -131,8 +140,7 @@ def forward(
     share = _attention(query, key, key_weight, key_bias, position, scale, on_logits, masked)
     if keep is not None:
         share = share * keep
-    weight, bias = (key_weight, key_bias) if value_weight is None else (value_weight, value_bias)
-    assert bias is not None
+    weight, bias = _of_values(key_weight, key_bias, value_weight, value_bias)
     return _mix(share, value, weight, bias).to(dtype)
 
 
@@ -181,8 +189,7 @@ def gradients(
     radius = side // 2
     if not padded:
         key, value = pad(key, radius), pad(value, radius)
-    weight, bias = (key_weight, key_bias) if value_weight is None else (value_weight, value_bias)
-    assert bias is not None
+    weight, bias = _of_values(key_weight, key_bias, value_weight, value_bias)
     plain = _attention(query, key, key_weight, key_bias, position, scale, on_logits, masked)
     share = plain if keep is None else plain * keep
     of_share = _scores(gradient, value, weight, bias)
