@@ -18,8 +18,9 @@ class _Sums:
     """Gradients of one call for kernels and biases of keys, or of values, summed over strips."""
 
     def __init__(self, kernels: Kernels) -> None:
-        self.kernels, self.bias = kernels, torch.zeros_like(kernels.bias)
-        self.weight = self.bias.new_zeros(len(kernels.to_dim), *self.bias.shape)
+        slots, dim = kernels.to_slots[0].shape
+        self.kernels, self.bias = kernels, kernels.bias.new_zeros(slots, dim)
+        self.weight = kernels.bias.new_zeros(len(kernels.to_slots), slots, dim)
 
     def add(self, plan: Plan, source: Tensor, other: Tensor, share: Tensor, sent: Tensor, taken: Tensor | None) -> None:
         """Add a strip's, where `source` meets the taps of `other` weighted by `share`.
@@ -32,12 +33,12 @@ class _Sums:
             sent: flat gradient of `other`, added to.
             taken: gradient of `source`, added to where it is wanted.
         """
-        self.bias.addmm_(source, share.t())
+        self.bias.addmm_(share, source.t())
         pixels, product = source.shape[1], scratch("product", source, *source.shape)
         for tap, offset in enumerate(plan.offsets):
             neighbours = slice(offset, offset + pixels)
             torch.mul(source, other[:, neighbours], out=product)
-            self.weight[tap].addmm_(product, share.t())
+            self.weight[tap].addmm_(share, product.t())
             torch.mm(self.kernels.to_dim[tap], share, out=product)
             sent[:, neighbours].addcmul_(source, product)
             if taken is not None:
@@ -113,8 +114,8 @@ def gradients(
     for out, maps in outputs:
         if maps.data_ptr() != out.data_ptr():
             out.copy_(maps.view(out.shape))
-    weights = [sums.weight.permute(1, 2, 0).contiguous() for sums in (keys_sums, values_sums)]
-    biases = [keys_sums.bias, values_sums.bias]
+    weights = [sums.weight.permute(2, 1, 0).contiguous() for sums in (keys_sums, values_sums)]
+    biases = [sums.bias.t().contiguous() for sums in (keys_sums, values_sums)]
     if value_weight is None:
         weights, biases = [weights[0] + weights[1], wide.new_zeros(0)], [biases[0] + biases[1], wide.new_zeros(0)]
     if tables.position is not None:
