@@ -21,12 +21,12 @@ import leap_flatten as lf
 from leap_flatten import benchmark
 from leap_flatten.attention import Focused
 from leap_flatten.benchmark import EAGER, FLOOR, GLOBAL, OURS, PARTS, WINDOWS, Contest, Settings, Shape
-from leap_flatten.peers import EagerAttention, Floor, WindowedAttention, eager_copy
+from leap_flatten.peers import EagerAttention, Floor, eager_copy
 from leap_flatten.verbs.bench import Bench
 from leap_shared.bench import Case, Row
+from leap_shared.bench import models as contenders
 from leap_shared.cli import App, Context
 from leap_shared.errors import UserError
-from leap_shared.vision.bodies.grids import to_map
 
 ROUNDING = 1e-10  # float64; the layer sums in another order
 app = App("leap-flatten", "leap_flatten", (Bench,))
@@ -105,21 +105,6 @@ def test_eager_copy_gives_the_logits_of_the_model(name: str) -> None:
     assert_same(other(x), model(x))
 
 
-@examples(max_examples=15, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
-def test_windows_attend_inside_themselves_on_a_padded_map(height: int, width: int, window: int) -> None:
-    layer = filled(WindowedAttention(6, 2, window))
-    x = noise(2, height * width, 6)
-    out = to_map(layer(x, (height, width)), (height, width))
-    image = torch.zeros(2, height + window, width + window, 6, dtype=torch.float64)
-    image[:, :height, :width] = to_map(x, (height, width))
-    for top in range(0, height, window):
-        for left in range(0, width, window):
-            part = layer.attention(image[:, top : top + window, left : left + window].flatten(1, 2))
-            expected = to_map(part, (window, window))[:, : height - top, : width - left]
-            assert_same(out[:, top : top + window, left : left + window], expected)
-
-
 def test_floor_has_the_products_and_the_convolution_of_the_layer() -> None:
     layer = lf.FocusedLinearAttention(12, 3, (4, 5)).eval()
     x = noise(2, 20, 12).float()
@@ -189,24 +174,12 @@ def test_softmax_that_would_take_too_long_is_left_out_and_told(
     assert GLOBAL in cases("modules", TINY, context)["1x4x6x8, 2 heads"].peers
 
 
-def test_training_step_gives_every_parameter_a_fresh_gradient(context: Context) -> None:
-    layer = filled(lf.FocusedLinearAttention(8, 2, (4, 6)))
-    x = noise(2, 24, 8).requires_grad_()
-    step = benchmark._step(lambda: layer(x), (x, *layer.parameters()))
-    step()
-    first = [tensor.grad for tensor in (x, *layer.parameters())]
-    step()
-    for before, tensor in zip(first, (x, *layer.parameters()), strict=True):
-        assert before is not None
-        assert tensor.grad is not None
-        assert_same(tensor.grad, before)
-
-
 def test_gpu_is_measured_in_bfloat16_in_its_batches_and_compiled(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[object] = []
     monkeypatch.setattr(benchmark, "_on_gpu", lambda context: True)
+    monkeypatch.setattr(contenders, "on_gpu", lambda device: True)
 
     def remember(function: Callable[..., object], **_: Any) -> Callable[..., object]:
         compiled.append(function)

@@ -267,7 +267,7 @@ def test_verification_finds_a_changed_bit(tmp_path: Path, monkeypatch: pytest.Mo
         name = "blocks.0.attn.scale"
         write_safetensors(path, {**state, name: state[name].nextafter(torch.tensor(9.0))}, metadata)
 
-    monkeypatch.setattr("leap_flatten.convert.write_safetensors", damaged)
+    monkeypatch.setattr("leap_shared.vision.official.write_safetensors", damaged)
     torch.save(model("deit").state_dict(), tmp_path / "a.pth")
     with pytest.raises(RuntimeError, match=r"1 tensors are not those that were read: \['blocks.0.attn.scale'\]"):
         convert(tmp_path / "a.pth", tmp_path / "b.safetensors")

@@ -64,6 +64,12 @@ def test_the_numbers_are_those_of_the_release(name: str) -> None:
     assert tuple(getattr(recipe, column) for column in (*COLUMNS.split(), "drop_path_rate")) == TABLE[name]
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pictures_have_the_size_and_share_that_timm_knows(name: str) -> None:
+    recipe, known = recipes.get(name), timm.get_pretrained_cfg(name)
+    assert (recipe.image_size, recipe.crop_fraction) == (known.input_size[-1], known.crop_pct)
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_learning_rates_are_the_golden_ones(case: golden.Case) -> None:

@@ -21,7 +21,7 @@ from leap_flatten import recipes
 from leap_flatten.verbs.training import Eval, Train
 from leap_shared.checkpoints import read
 from leap_shared.cli import App
-from leap_shared.vision import Trainer, build_transform, evaluate, evaluation_loader, open_source
+from leap_shared.vision import Trainer, build_transform, evaluate, evaluation_loader, open_source, running
 from leap_shared.vision.learner import Learner
 
 app = App("leap-flatten", "leap_flatten", (Train, Eval))
@@ -336,18 +336,19 @@ def test_a_folder_without_the_part_that_is_needed_is_refused(
     assert f"{tmp_path} has no" in told
 
 
-@pytest.mark.parametrize(("world", "started"), [(None, "1 process"), ("2", "torchrun started 2 processes")])
-def test_other_gpus_than_processes_are_answered_with_the_line_that_starts_them(
-    world: str | None, started: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_gpus_start_processes_that_repeat_the_command(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["train", "--cfg", TINY, "--data", "my pictures", "--gpus", "8"]
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/leap-flatten", *command])
-    if world is not None:
-        monkeypatch.setenv("WORLD_SIZE", world)
-    told = complaint(capsys, *command)
-    line = f"torchrun --nproc-per-node 8 --no-python leap-flatten train --cfg {TINY} --data 'my pictures' --gpus 8"
-    assert started in told
-    assert f"run `{line}`" in told
+    started: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(running, "start_processes", lambda *arguments: started.append(arguments))
+    out = tmp_path / "run"
+    assert (
+        call("train", "--cfg", TINY, "--data", pictures, *ONCE, "--gpus", "2", "--denominator", "sum", "--out", out)
+        == 0
+    )
+    code = "from leap_flatten.cli import main; main()"
+    assert started == [(2, ["-c", code, "train", "--config", str(out / "config.yaml"), "--json"])]
+    assert "denominator: sum" in (out / "config.yaml").read_text()
 
 
 def test_a_recipe_that_fine_tunes_says_so_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:

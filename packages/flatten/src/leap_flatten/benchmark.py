@@ -19,12 +19,25 @@ from leap_flatten.attention import FocusedLinearAttention
 from leap_flatten.convert import fuse_for_inference
 from leap_flatten.demo import slope
 from leap_flatten.digits import SoftmaxAttention
-from leap_flatten.peers import EagerAttention, Floor, WindowedAttention, eager_copy
-from leap_shared.bench import Case, Row, compare, write
+from leap_flatten.peers import EagerAttention, Floor, eager_copy
+from leap_shared.bench import (
+    Case,
+    Row,
+    compare,
+    dtype_on,
+    infer,
+    memory_table,
+    model_call,
+    noise,
+    placed,
+    training_step,
+    write,
+)
 from leap_shared.cli import Context
 from leap_shared.errors import UserError, did_you_mean
 from leap_shared.files import atomic_writer, write_text
 from leap_shared.vision.bodies.grids import Size
+from leap_shared.vision.windows import WindowedAttention
 
 __all__ = ["PARTS", "Contest", "Settings", "Shape", "run"]
 
@@ -35,10 +48,6 @@ TWIN = "the same body with softmax"
 OURS = "focused linear attention"
 SOFTMAX_LIMIT = 1e11  # multiply-adds of a global softmax on a CPU; more would take many seconds a call
 GPU_BATCH = 64
-MEMORY_NOTE = (
-    "What one call adds to the memory at its peak, in 10^6 bytes: on a GPU what PyTorch hands out; on a CPU the growth "
-    "of the resident set, in which buffers that are kept from call to call do not show."
-)
 
 
 @dataclass(frozen=True)
@@ -179,7 +188,7 @@ def run(settings: Settings, context: Context) -> list[dict[str, Any]]:
             if part == "tokens":
                 _write_growth(context.out / f"{name}-growth.png", rows, settings, context)
             measured += rows
-    write_text(context.out / "memory.md", _memory_table(measured))
+    write_text(context.out / "memory.md", memory_table(measured))
     return [row.to_json() for row in measured]
 
 
@@ -187,43 +196,12 @@ def _on_gpu(context: Context) -> bool:
     return context.device.type == "cuda"
 
 
-def _dtype(context: Context) -> torch.dtype:
-    return torch.bfloat16 if _on_gpu(context) else torch.float32
-
-
-def _placed(module: nn.Module, context: Context) -> nn.Module:
-    return module.eval().to(context.device, _dtype(context))
-
-
 def _random(context: Context, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(context.seed)
-    return torch.randn(shape, generator=generator).to(context.device, _dtype(context))
+    return noise(context.device, context.seed, *shape)
 
 
 def _case(title: str, ours: Any, peers: Mapping[str, Any], target: Any, context: Context) -> Case:
-    return Case(title, ours, peers, target, str(_dtype(context)).removeprefix("torch."))
-
-
-def _infer(function: Callable[..., object], *args: object) -> object:
-    with torch.inference_mode():
-        return function(*args)
-
-
-def _step(function: Callable[[], Any], inputs: Sequence[Tensor]) -> Callable[[], None]:
-    """Forward and backward pass, with gradients for `inputs`."""
-
-    def outputs() -> tuple[Tensor, ...]:
-        found = function()
-        return found if isinstance(found, tuple) else (found,)
-
-    gradients = [torch.ones_like(out) for out in outputs()]
-
-    def step() -> None:
-        for tensor in inputs:
-            tensor.grad = None
-        torch.autograd.backward(outputs(), gradients)
-
-    return step
+    return Case(title, ours, peers, target, str(dtype_on(context.device)).removeprefix("torch."))
 
 
 def _batch(shape: Shape, context: Context) -> int:
@@ -236,7 +214,7 @@ def _title(shape: Shape, context: Context) -> str:
 
 
 def _layer_and_input(shape: Shape, context: Context) -> tuple[Any, Tensor]:
-    layer = _placed(FocusedLinearAttention(shape.dim, shape.num_heads, shape.hw), context)
+    layer = placed(FocusedLinearAttention(shape.dim, shape.num_heads, shape.hw), context.device)
     return layer, _random(context, _batch(shape, context), shape.height * shape.width, shape.dim)
 
 
@@ -246,11 +224,11 @@ def _softmax(shape: Shape, context: Context) -> dict[str, nn.Module]:
     if not _on_gpu(context) and products > SOFTMAX_LIMIT:
         context.log(f"{_title(shape, context)}: {GLOBAL} would take {products:.1e} multiply-adds, it is left out")
         return {}
-    return {GLOBAL: _placed(SoftmaxAttention(shape.dim, shape.num_heads), context)}
+    return {GLOBAL: placed(SoftmaxAttention(shape.dim, shape.num_heads), context.device)}
 
 
 def _windows(shape: Shape, context: Context) -> dict[str, nn.Module]:
-    return {WINDOWS: _placed(WindowedAttention(shape.dim, shape.num_heads), context)}
+    return {WINDOWS: placed(WindowedAttention(shape.dim, shape.num_heads), context.device)}
 
 
 def _modules(settings: Settings, context: Context) -> Iterator[Case]:
@@ -258,15 +236,15 @@ def _modules(settings: Settings, context: Context) -> Iterator[Case]:
     for shape in settings.shapes:
         layer, x = _layer_and_input(shape, context)
         own = {
-            EAGER: partial(_infer, EagerAttention(layer), x, shape.hw),
-            FLOOR: partial(_infer, Floor(layer, x, shape.hw)),
+            EAGER: partial(infer, EagerAttention(layer), x, shape.hw),
+            FLOOR: partial(infer, Floor(layer, x, shape.hw)),
         }
         others = {**_softmax(shape, context), **_windows(shape, context)} if settings.peers else {}
-        peers = {**own, **{name: partial(_infer, other, x, shape.hw) for name, other in others.items()}}
+        peers = {**own, **{name: partial(infer, other, x, shape.hw) for name, other in others.items()}}
         target = None if shape.target is None or _on_gpu(context) else {EAGER: shape.target}
         title, folded = _title(shape, context), fuse_for_inference(layer)
-        yield _case(title, partial(_infer, layer, x, shape.hw), peers, target, context)
-        yield _case(f"{title}, folded", partial(_infer, folded, x, shape.hw), own, target, context)
+        yield _case(title, partial(infer, layer, x, shape.hw), peers, target, context)
+        yield _case(f"{title}, folded", partial(infer, folded, x, shape.hw), own, target, context)
 
 
 def _between(layer: Any, packed: Tensor, hw: Size) -> Tensor:
@@ -282,9 +260,9 @@ def _operator(settings: Settings, context: Context) -> Iterator[Case]:
         packed = layer.qkv(x).detach().requires_grad_()
         inputs = (packed, layer.positional_encoding, layer.scale, *layer.dwc.parameters())
         eager, title = EagerAttention(layer), f"between the projections, {_title(shape, context)}"
-        ours, theirs = (partial(_infer, _between, one, packed, shape.hw) for one in (layer, eager))
+        ours, theirs = (partial(infer, _between, one, packed, shape.hw) for one in (layer, eager))
         yield _case(title, ours, {EAGER: theirs}, forward, context)
-        step, rival = (_step(partial(_between, one, packed, shape.hw), inputs) for one in (layer, eager))
+        step, rival = (training_step(partial(_between, one, packed, shape.hw), inputs) for one in (layer, eager))
         yield _case(f"{title}, forward and backward", step, {EAGER: rival}, both, context)
 
 
@@ -294,17 +272,20 @@ def _training(settings: Settings, context: Context) -> Iterator[Case]:
         layer, x = _layer_and_input(shape, context)
         x.requires_grad_()
         contenders = {EAGER: EagerAttention(layer), **(_windows(shape, context) if settings.peers else {})}
-        peers = {name: _step(partial(one, x, shape.hw), (x, *one.parameters())) for name, one in contenders.items()}
+        peers = {
+            name: training_step(partial(one, x, shape.hw), (x, *one.parameters())) for name, one in contenders.items()
+        }
         floor = Floor(layer, x, shape.hw)
-        peers[FLOOR] = _step(floor, (x, *floor.operands, *layer.parameters()))
-        ours = _step(partial(layer, x, shape.hw), (x, *layer.parameters()))
+        peers[FLOOR] = training_step(floor, (x, *floor.operands, *layer.parameters()))
+        ours = training_step(partial(layer, x, shape.hw), (x, *layer.parameters()))
         yield _case(f"forward and backward, {_title(shape, context)}", ours, peers, None, context)
 
 
 def _model(name: str, size: int, context: Context, **options: Any) -> nn.Module:
     if name.startswith(("flatten", "swin")):  # the others take any size, and no argument for it
         options["img_size"] = size
-    return _placed(timm.create_model(name, **options), context)
+    model: nn.Module = timm.create_model(name, **options)
+    return placed(model, context.device)
 
 
 def _models(settings: Settings, context: Context) -> Iterator[Case]:
@@ -320,17 +301,12 @@ def _models(settings: Settings, context: Context) -> Iterator[Case]:
         folded = fuse_for_inference(model)
         for batch in (1, GPU_BATCH) if _on_gpu(context) else (1,):
             images = _random(context, batch, 3, contest.size, contest.size)
-            calls = {name: _call(peer, images, context) for name, peer in peers.items()}
+            calls = {name: model_call(peer, images) for name, peer in peers.items()}
             title = f"{contest.name}, {batch}x{contest.size}x{contest.size}"
-            yield _case(title, _call(model, images, context), calls, target, context)
-            yield _case(f"{title}, folded", _call(folded, images, context), {first: calls[first]}, target, context)
+            yield _case(title, model_call(model, images), calls, target, context)
+            yield _case(f"{title}, folded", model_call(folded, images), {first: calls[first]}, target, context)
             if _on_gpu(context):
                 torch.compiler.reset()  # one forward method is compiled for few models; the next would run uncompiled
-
-
-def _call(model: nn.Module, images: Tensor, context: Context) -> Callable[[], object]:
-    # Of a whole module torch.compile warns when its operations are counted.
-    return partial(_infer, torch.compile(model.forward, dynamic=False) if _on_gpu(context) else model, images)
 
 
 def _tokens_of(side: int) -> str:
@@ -343,8 +319,8 @@ def _tokens(settings: Settings, context: Context) -> Iterator[Case]:
         shape = Shape(1, side, side, 96, 3, 1)
         layer, x = _layer_and_input(shape, context)
         contenders = {EAGER: EagerAttention(layer), **(_softmax(shape, context) if settings.peers else {})}
-        peers = {name: partial(_infer, one, x, shape.hw) for name, one in contenders.items()}
-        yield _case(_tokens_of(side), partial(_infer, layer, x, shape.hw), peers, None, context)
+        peers = {name: partial(infer, one, x, shape.hw) for name, one in contenders.items()}
+        yield _case(_tokens_of(side), partial(infer, layer, x, shape.hw), peers, None, context)
 
 
 def _write_growth(path: Path, rows: Sequence[Row], settings: Settings, context: Context) -> None:
@@ -374,23 +350,6 @@ def _write_growth(path: Path, rows: Sequence[Row], settings: Settings, context: 
     left.legend(fontsize="small", frameon=False)
     with atomic_writer(path) as file:
         figure.savefig(file, format="png")
-
-
-def _memory_table(rows: Sequence[Row]) -> str:
-    """What one call adds to the memory at its peak, as a Markdown table."""
-    lines = [
-        MEMORY_NOTE,
-        "",
-        "| case | device | threads | ours, MB | peer | peer, MB |",
-        "| --- | --- | --: | --: | --- | --: |",
-    ]
-    for row in rows:
-        ours, peer = (
-            "unknown" if (value := row.details["peak_memory_mb"][who]) is None else f"{value:.1f}"
-            for who in ("ours", "peer")
-        )
-        lines.append(f"| {row.case} | {row.device} | {row.threads} | {ours} | {row.peer} | {peer} |")
-    return "\n".join(lines) + "\n"
 
 
 PARTS: dict[str, Callable[[Settings, Context], Iterator[Case]]] = {

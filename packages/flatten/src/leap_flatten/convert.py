@@ -4,129 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leap_flatten.attention import CSWinFocusedLinearAttention, Focused, FocusedLinearAttention
-from leap_flatten.checkpoints import read_official, variants_of
+from leap_flatten.checkpoints import OFFICIAL
 from leap_flatten.functional import EPSILON
 from leap_flatten.ops.reference import widest
-from leap_shared import files
-from leap_shared.checkpoints import load_into, write_safetensors
 from leap_shared.errors import UserError
 from leap_shared.vision.bodies import CSWinBlock
+from leap_shared.vision.official import SUFFIXES, Conversion
 
 __all__ = ["SUFFIXES", "Conversion", "convert", "fuse_for_inference"]
 
-SUFFIXES = (".pth", ".safetensors")
-COMPUTED = ("relative_position_index", "attn_mask")
-
 Module = TypeVar("Module", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What was converted.
-
-    Attributes:
-        written: the file.
-        variant: whose weights they are, but for head and image size; None where no variant of this package fits.
-        tensors, parameters: how many tensors and numbers were in the file that was read, without tables of indices.
-        sha256: of the file that was written.
-        verified: what was found equal bit by bit in both files: "tensors and logits", "tensors" where no variant has
-            exactly these shapes, or "nothing" where it was not asked for.
-    """
-
-    written: Path
-    variant: str | None
-    tensors: int
-    parameters: int
-    sha256: str
-    verified: str
-
-
-def convert(path_in: str | Path, path_out: str | Path, use_ema: bool = False, verify: bool = True) -> Conversion:
-    """Weights of one file into a file of the other kind, bit by bit: .safetensors, or .pth in the authors' envelope.
-
-    Index tables and masks are left out of a .safetensors; a .pth gets them again, so that the authors' code can load it
-    strictly, where the weights are exactly a variant's.
-
-    Args:
-        path_in: the authors' .pth or a .safetensors.
-        path_out: what to write; the ending says which kind.
-        use_ema: take the moving average of the weights.
-        verify: read the written file again and compare.
-
-    Raises:
-        UserError: an ending is unknown, the files are one, the first cannot be read, or the second not written.
-    """
-    source, target = Path(path_in), Path(path_out)
-    for path in (source, target):
-        if path.suffix not in SUFFIXES:
-            raise UserError(f"{path} ends in {path.suffix or 'nothing'}: expected {' or '.join(SUFFIXES)}")
-    if source.resolve() == target.resolve():
-        raise UserError(f"{target} would replace the file that it is made of: give another name")
-    state = read_official(source, use_ema=use_ema)
-    names = variants_of(state)
-    model = _exact(names, state)
-    if target.suffix == ".pth":
-        computed = {} if model is None else _computed(model)
-        content = {name: value.detach().clone().contiguous() for name, value in {**state, **computed}.items()}
-        with files.atomic_writer(target) as file:
-            torch.save({"model": content}, file)
-    else:
-        write_safetensors(target, state, {"format": "pt", **({"model": names[0]} if names else {})})
-    verified = _verify(target, state, model) if verify else "nothing"
-    parameters = sum(value.numel() for value in state.values())
-    return Conversion(target, names[0] if names else None, len(state), parameters, files.sha256(target), verified)
-
-
-def _exact(names: list[str], state: Mapping[str, Tensor]) -> nn.Module | None:
-    """The variant whose tensors have exactly the shapes of `state`, with these weights."""
-    if not names:
-        return None
-    model: nn.Module = timm.create_model(names[0])
-    try:
-        load_into(model, state)
-    except UserError:  # another head, or another image size
-        return None
-    return model.eval()
-
-
-def _computed(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.named_buffers() if name.endswith(COMPUTED)}
-
-
-def _verify(path: Path, state: Mapping[str, Tensor], model: nn.Module | None) -> str:
-    again = read_official(path)
-    differing = [name for name in {**state, **again} if not _same(state.get(name), again.get(name))]
-    if differing:
-        raise RuntimeError(f"{path}: {len(differing)} tensors are not those that were read: {differing[:5]}")
-    if model is None:
-        return "tensors"
-    size: Any = model.img_size
-    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        before = model(image)
-        load_into(model, again)
-        after = model(image)
-    if not _same(before, after):
-        raise RuntimeError(f"{path}: the logits of the two files differ")
-    return "tensors and logits"
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors have the same bits."""
-    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    first, second = (x.contiguous().flatten().view(torch.uint8) for x in (a, b))
-    return torch.equal(first, second)
+convert = OFFICIAL.convert
 
 
 def fuse_for_inference(model: Module) -> Module:

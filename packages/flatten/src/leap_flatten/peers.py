@@ -1,8 +1,7 @@
-"""What the package is measured beside: the formula as a script holds it, softmax in windows, and the bare products."""
+"""What the package is measured beside: the formula as a script holds it, and the bare products."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +15,10 @@ from leap_flatten.attention import (
     PVTFocusedLinearAttention,
 )
 from leap_flatten.functional import EPSILON, Keys
-from leap_shared.vision.bodies.grids import Number, Size, Tokens, merge, pad_map, partition, to_image, to_map
+from leap_shared.bench import copy_with
+from leap_shared.vision.bodies.grids import Number, Size, Tokens, to_image
 
-__all__ = ["EagerAttention", "Floor", "WindowedAttention", "eager_attention", "eager_copy"]
+__all__ = ["EagerAttention", "Floor", "eager_attention", "eager_copy"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -88,37 +88,7 @@ class EagerAttention(nn.Module):
 
 def eager_copy(model: Module) -> Module:
     """A copy of a model in which `EagerAttention` computes this package's layers."""
-    copied = copy.deepcopy(model)
-    for name, module in list(copied.named_modules()):
-        if isinstance(module, Focused):
-            parent, _, own = name.rpartition(".")
-            setattr(copied.get_submodule(parent), own, EagerAttention(module))
-    return copied
-
-
-class WindowedAttention(nn.Module):
-    """timm's attention in windows without a shift, on a map zero-padded to whole windows as timm's Swin pads it.
-
-    Args:
-        dim: channels.
-        num_heads: heads.
-        window: side of the windows in tokens.
-    """
-
-    def __init__(self, dim: int, num_heads: int, window: int = 7) -> None:
-        from timm.models.swin_transformer import WindowAttention
-
-        super().__init__()
-        self.window = window
-        self.attention: nn.Module = WindowAttention(dim, num_heads, window_size=window)
-
-    def forward(self, x: Tokens, hw: Size) -> Tokens:
-        """Tokens of a map to tokens of the same shape."""
-        window = (self.window, self.window)
-        padded = (hw[0] + -hw[0] % self.window, hw[1] + -hw[1] % self.window)
-        windows = self.attention(partition(pad_map(to_map(x, hw), padded), window))
-        out: Tensor = merge(windows, window, padded)[:, : hw[0], : hw[1]].flatten(1, 2)
-        return out
+    return copy_with(model, Focused, EagerAttention)
 
 
 class Floor(nn.Module):

@@ -13,19 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from leap_flatten.attention import Focused
 from leap_flatten.functional import EPSILON, check_focus, epsilon_of, stretch
 from leap_flatten.ops import reference
 from leap_shared.errors import UserError
-from leap_shared.files import atomic_writer
 from leap_shared.ops import use
 from leap_shared.vision.bodies import Block
 from leap_shared.vision.bodies.grids import Number, Size
+from leap_shared.vision.pictures import INK, load_picture, new_figure, save_figure, to_input
 
 __all__ = [
     "TOLERANCE",
@@ -43,7 +41,7 @@ __all__ = [
 TOLERANCE = 1e-3
 """Singular values above this share of the largest count towards the rank."""
 
-INK, PLAIN, CONVOLVED, WARNING = "#22262B", "#E69F00", "#0072B2", "#B3261E"
+PLAIN, CONVOLVED = "#E69F00", "#0072B2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,43 +267,6 @@ def layer_input(
     return layers[block], x, hw
 
 
-def load_picture(path: Path, size: Size) -> Image.Image:
-    """A picture in RGB at `size` (height, width): upright by its EXIF tag, its longer sides cut to fit the ratio.
-
-    Raises:
-        UserError: the file is missing or no picture.
-    """
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"cannot read the picture {path}: {error}. Give a .jpg, .png or what else Pillow reads"
-        ) from error
-    return ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BICUBIC)
-
-
-def to_input(picture: Image.Image) -> Float[Tensor, "1 3 height width"]:
-    """A picture as a batch of one, normalised by the mean and deviation of ImageNet."""
-    image: Tensor = normalize(pil_to_tensor(picture) / 255, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return image[None]
-
-
-def _new_figure(width: float, height: float, title: str, warning: str) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('pictures need matplotlib: pip install "leap-shared[report]"') from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    figure.suptitle("\n".join(filter(None, (title, warning))), color=WARNING if warning else INK, fontsize=12)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_writer(path) as file:
-        figure.savefig(file, format="png", facecolor="white")
-
-
 def draw_attention(
     path: Path,
     picture: Image.Image,
@@ -332,7 +293,7 @@ def draw_attention(
     from matplotlib.colors import PowerNorm, SymLogNorm
 
     ratio = max(0.6, picture.width / picture.height)
-    figure = _new_figure(max(7.0, 1.6 + 2.2 * ratio * (len(queries) + 2)), 5.4, title, warning)
+    figure = new_figure(max(7.0, 1.6 + 2.2 * ratio * (len(queries) + 2)), 5.4, title, warning)
     left, right = figure.subfigures(1, 2, width_ratios=(2, len(queries) + 0.7 / ratio))
     overview = left.subplots()
     overview.imshow(picture)
@@ -354,7 +315,7 @@ def draw_attention(
                 panel.set_title(str(number), color=INK, fontsize=11)
         axes[0].set_ylabel(f"{name}\nrank {found.rank()} of {min(found.matrix.shape)}", color=INK, fontsize=11)
         right.colorbar(axes[0].images[1], cax=axes[-1], label="weight, uniform = 1", format="%g").solids.set_alpha(1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _centre(query: Size, hw: Size, picture: Image.Image) -> tuple[float, float]:
@@ -381,7 +342,7 @@ def draw_spectra(
         title: above all.
         warning: below it; both are red where there is one.
     """
-    figure = _new_figure(8.0, 4.2, title, warning)
+    figure = new_figure(8.0, 4.2, title, warning)
     axes = figure.subplots()
     shown = {"attention alone": (PLAIN, plain), "with the depthwise convolution": (CONVOLVED, convolved)}
     for name, (colour, found) in shown.items():
@@ -396,4 +357,4 @@ def draw_spectra(
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
     figure.legend(frameon=False, loc="outside lower left", ncols=2)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -25,7 +25,7 @@ from leap_slide.functional import (
 )
 from leap_slide.ops.reference import Maps
 
-__all__ = ["DepthwiseKernels", "SlideAttention"]
+__all__ = ["DepthwiseKernels", "SlideAttention", "check_state"]
 
 log = logging.getLogger(__name__)
 MERGED = "dep_conv_merged"
@@ -109,8 +109,11 @@ class SlideAttention(nn.Module):
         if dim_reduction < 1 or dim % (num_heads * dim_reduction):
             wanted = f"a multiple of heads times dim_reduction, {num_heads} * {dim_reduction}"
             raise UserError(f"{dim} channels: expected {wanted} (which must be 1 or more)")
-        if not 0 <= attn_drop < 1:
-            raise UserError(f"attn_drop {attn_drop}: expected a rate from 0 to below 1")
+        for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
+            if not 0 <= rate < 1:
+                raise UserError(f"{name} {rate}: expected a rate from 0 to below 1")
+        if qk_scale is not None and not math.isfinite(qk_scale):
+            raise UserError(f"qk_scale {qk_scale}: expected a finite number, or None")
         self.dim, self.num_heads, self.kernel_size, self.head_dim = dim, num_heads, kernel_size, dim // num_heads
         self.head_dim //= dim_reduction
         self.scale = float((dim // num_heads) ** -0.5 if qk_scale is None else qk_scale)
@@ -168,12 +171,13 @@ class SlideAttention(nn.Module):
         sizes = (self.num_heads, 1 if self.share_qkv else 3, self.head_dim)
         if x.device.type == "cpu" and _is_plain(self.qkv):
             bias: Tensor | None = self.qkv.bias
-            weight, turned = self.qkv.weight.expand(len(x), -1, -1), x.transpose(1, 2)
+            weight, turned = self.qkv.weight.expand(x.shape[0], -1, -1), x.transpose(1, 2)
             packed = weight @ turned if bias is None else torch.baddbmm(bias[:, None], weight, turned)
-            parts = packed.unflatten(1, sizes).unbind(2)
+            parts = packed.reshape(-1, *sizes, x.shape[1]).unbind(2)
         else:
-            parts = tuple(part.permute(0, 2, 3, 1) for part in self.qkv(x).unflatten(2, sizes).unbind(3))
-        maps = [part.unflatten(3, hw) for part in parts]  # five dimensions are the most that Core ML takes
+            packed = self.qkv(x)
+            parts = tuple(part.permute(0, 2, 3, 1) for part in packed.reshape(*x.shape[:2], *sizes).unbind(3))
+        maps = [part.reshape(*part.shape[:3], *hw) for part in parts]  # five dimensions are the most that Core ML takes
         return (maps[0],) * 3 if self.share_qkv else (maps[0], maps[1], maps[2])
 
     def attended(self, query: Maps, key: Maps, value: Maps) -> Maps:
@@ -211,10 +215,11 @@ class SlideAttention(nn.Module):
             size = (x.shape[2], x.shape[3])
             if hw not in (None, size):
                 raise UserError(f"{given} is a map of {size[0]}x{size[1]}, but hw is {hw}: leave hw out")
-            return size
-        count = x.shape[1]
-        hw = hw or (math.isqrt(count),) * 2
-        if hw[0] * hw[1] != count:
+            hw, count = size, size[0] * size[1]
+        else:
+            count = x.shape[1]
+            hw = hw or (math.isqrt(count),) * 2
+        if min(hw) < 1 or hw[0] * hw[1] != count:
             raise UserError(f"{count} tokens are no map of {hw[0]}x{hw[1]}: give hw=(height, width)")
         return hw
 
@@ -228,14 +233,18 @@ def _is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
-def _check_state(module: SlideAttention, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """Say what is wrong with a state dict where PyTorch's list of keys and shapes would not; mend a second bias."""
-    where, side = prefix.rstrip(".") or "the layer", module.kernel_size
+def check_state(layer: SlideAttention, state: Mapping[str, Tensor], prefix: str) -> None:
+    """Say what is wrong with a state dict where PyTorch's list of keys and shapes would not; mend a second bias.
+
+    Raises:
+        UserError: the weights are of the other form, of window attention, or of another kernel size.
+    """
+    where, side = prefix.rstrip(".") or "the layer", layer.kernel_size
     deployed = f"{prefix}{MERGED}.weight" in state
     two_paths = f"{prefix}dep_conv1.weight" in state
-    if deployed and not module.reparameterized:
+    if deployed and not layer.reparameterized:
         raise UserError(f"{where}: the weights have one path, this model two: call reparameterize(model), then load")
-    if two_paths and module.reparameterized:
+    if two_paths and layer.reparameterized:
         raise UserError(f"{where}: the weights have two paths, this model one: load, then call reparameterize(model)")
     table = state.get(f"{prefix}relative_position_bias_table")
     if not (deployed or two_paths) and table is not None and table.ndim == 2:
@@ -246,17 +255,23 @@ def _check_state(module: SlideAttention, state: Mapping[str, Tensor], prefix: st
     weight = state.get(f"{prefix}{MERGED if deployed else 'dep_conv1'}.weight")
     if weight is not None and weight.ndim == 4 and weight.shape[2] != side:
         raise UserError(f"{where}: the weights have kernel_size {weight.shape[2]}, this model {side}: create it so")
-    fixed = state.get(f"{prefix}dep_conv.weight")
-    expected = (module.head_dim * side**2, 1, side, side)
-    if (
-        fixed is not None
-        and fixed.shape == expected
-        and not torch.equal(fixed.cpu().float(), shift_kernel(module.head_dim, side))
-    ):
-        log.warning("%s: dep_conv.weight of these weights is not the plain shift; it is taken as it is", where)
     second = f"{prefix}dep_conv.bias"
-    if module.single_bias and not module.reparameterized and second in state and isinstance(state, dict):
+    if layer.single_bias and not layer.reparameterized and second in state and isinstance(state, dict):
         bias = state.pop(second)
         for name in ("dep_conv1", "dep_conv2"):
             if f"{prefix}{name}.bias" in state:
                 state[f"{prefix}{name}.bias"] = state[f"{prefix}{name}.bias"] + bias
+
+
+def _check_state(layer: SlideAttention, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded: check it, and warn of a fixed path that is not plain."""
+    check_state(layer, state, prefix)
+    side, fixed = layer.kernel_size, state.get(f"{prefix}dep_conv.weight")
+    expected = (layer.head_dim * side**2, 1, side, side)
+    if (
+        fixed is not None
+        and fixed.shape == expected
+        and not torch.equal(fixed.cpu().float(), shift_kernel(layer.head_dim, side))
+    ):
+        where = prefix.rstrip(".") or "the layer"
+        log.warning("%s: dep_conv.weight of these weights is not the plain shift; it is taken as it is", where)

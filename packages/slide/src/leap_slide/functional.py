@@ -18,7 +18,8 @@ from leap_slide.ops import reference
 from leap_slide.ops.reference import Bias, Maps, Slots, Taps
 
 __all__ = ["BACKENDS", "PADDINGS", "Kernels", "attend", "check_backend", "check_kernel_size", "check_options"]
-__all__ += ["is_traced", "merge_weights", "padded_maps", "shift_kernel", "slide_attention", "slide_attention_conv"]
+__all__ += ["is_traced", "merge_weights", "padded_maps", "resolved", "shift_kernel"]
+__all__ += ["slide_attention", "slide_attention_conv"]
 
 BACKENDS = ("auto", "conv", "gemm", "triton")
 PADDINGS = ("zeros", "reflect", "replicate", "circular")
@@ -29,7 +30,7 @@ Kernels = tuple[Weight, Float[Tensor, " kernels"]]
 
 def check_kernel_size(kernel_size: object) -> None:
     """Raise UserError where a kernel has no middle."""
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+    if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
         raise UserError(f"kernel_size {kernel_size!r}: expected an odd number of 1 or more, the paper takes 3")
 
 
@@ -51,6 +52,11 @@ def is_traced() -> bool:
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
     jit: Any = torch.jit
     return bool(compiling or jit.is_tracing())
+
+
+def resolved(backend: str, device: torch.device) -> str:
+    """The backend as given, but "conv" for "auto" where only ordinary operations run: on MPS, and in exporters."""
+    return "conv" if backend == "auto" and (device.type == "mps" or is_traced()) else backend
 
 
 def shift_kernel(dim: int, kernel_size: int) -> Weight:
@@ -80,8 +86,9 @@ def merge_weights(
         UserError: the shapes differ, or are none of a depthwise convolution's.
     """
     shapes = [tuple(x.shape) for x in (dep_conv_weight, dep_conv1_weight)]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][1] != 1 or shapes[0][2] != shapes[0][3]:
-        raise UserError(f"kernels of shapes {shapes[0]} and {shapes[1]}: expected two of (dim * k * k, 1, k, k)")
+    side = shapes[0][-1] if len(shapes[0]) == 4 else 0
+    if shapes[0] != shapes[1] or side % 2 == 0 or shapes[0][1:3] != (1, side) or shapes[0][0] % side**2:
+        raise UserError(f"kernels of shapes {shapes[0]} and {shapes[1]}: expected two of (dim * k * k, 1, k, k), k odd")
     biases = [bias for bias in (dep_conv_bias, dep_conv1_bias) if bias is not None]
     for bias in biases:
         if bias.shape != shapes[0][:1]:
@@ -104,6 +111,14 @@ def padded_maps(x: Maps, radius: int, mode: str) -> Float[Tensor, "batch heads d
     return around.reshape(*x.shape[:2], *around.shape[1:])
 
 
+def _convolved(x: Maps, kernels: Kernels, padding_mode: str) -> Float[Tensor, "maps dim slots height width"]:
+    """All slots of maps, batch and heads in one, as Core ML takes five dimensions at most."""
+    weight, bias = (one.to(x.dtype) for one in kernels)
+    dim, side = x.shape[2], weight.shape[2]
+    around = padded_maps(x, side // 2, padding_mode).flatten(0, 1)
+    return F.conv2d(around, weight, bias, groups=dim).reshape(-1, dim, side * side, *x.shape[3:])
+
+
 def slide_attention_conv(
     query: Maps,
     key: Maps,
@@ -122,13 +137,8 @@ def slide_attention_conv(
     It is made of ordinary operations, for exporters and devices that know no others. Arguments as for `attend`.
     """
     batch, heads, dim, height, width = query.shape
-    side = keys[0].shape[2]
-
-    def convolved(x: Maps, kernels: Kernels) -> Float[Tensor, "maps dim slots height width"]:
-        around = padded_maps(x, side // 2, padding_mode).flatten(0, 1)  # Core ML takes five dimensions at most
-        return F.conv2d(around, *kernels, groups=dim).unflatten(1, (dim, side * side))
-
-    query, shifted = (query * scale).flatten(0, 1), convolved(key, keys)
+    position, keep = (None if x is None else x.to(query.dtype) for x in (position, keep))
+    query, shifted = (query * scale).flatten(0, 1), _convolved(key, keys, padding_mode)
     added = None if position is None else position.repeat(batch, 1)[:, :, None, None]
     if added is not None and not on_logits:
         shifted = shifted + added[:, None]
@@ -136,11 +146,11 @@ def slide_attention_conv(
     if added is not None and on_logits:
         logits = logits + added
     if masked:
-        logits = logits.masked_fill(~reference.inside((height, width), side, query.device), -math.inf)
+        logits = logits.masked_fill(~reference.inside((height, width), keys[0].shape[2], query.device), -math.inf)
     share = logits.softmax(1)
     if keep is not None:
         share = share * keep.flatten(0, 1)
-    return (share[:, None] * convolved(value, values)).sum(2).unflatten(0, (batch, heads))
+    return (share[:, None] * _convolved(value, values, padding_mode)).sum(2).reshape(batch, heads, dim, height, width)
 
 
 def attend(
@@ -173,8 +183,7 @@ def attend(
         padding_mode: what lies around the map.
         backend: see `slide_attention`.
     """
-    if backend == "auto" and (query.device.type == "mps" or is_traced()):
-        backend = "conv"
+    backend = resolved(backend, query.device)
     if backend == "conv":
         numbers = (scale, on_logits, masked, padding_mode)
         return slide_attention_conv(query, key, value, keys, values or keys, position, keep, *numbers)
@@ -245,6 +254,12 @@ def slide_attention(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not tensor.is_floating_point() or tensor.dtype != q.dtype:
             raise UserError(f"{name} is of type {tensor.dtype}, q of {q.dtype}: expected one floating-point type")
+    tables = {"weight": weight, "bias": bias, "rpb": rpb, "value_weight": value_weight, "value_bias": value_bias}
+    for name, table in {"k": k, "v": v, **tables}.items():
+        if table is not None and not table.is_floating_point():
+            raise UserError(f"{name} is of type {table.dtype}: expected a floating-point type")
+        if table is not None and table.device != q.device:
+            raise UserError(f"{name} is on {table.device}, q on {q.device}: move one to the other")
     batch, height, width, channels = q.shape
     if num_heads < 1 or channels % num_heads:
         raise UserError(f"{channels} channels and {num_heads} heads: the channels must be a multiple of the heads")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from leap_shared.bench.allocations import peak_allocation
 from leap_shared.bench.compare import Case, Row, compare
 from leap_shared.bench.contenders import Remote
-from leap_shared.bench.report import stamp, table, write
+from leap_shared.bench.models import copy_with, dtype_on, infer, model_call, noise, placed, training_step
+from leap_shared.bench.report import memory_table, stamp, table, write
 
-__all__ = ["Case", "Remote", "Row", "compare", "stamp", "table", "write"]
+__all__ = ["Case", "Remote", "Row", "compare", "copy_with", "dtype_on", "infer", "memory_table", "model_call"]
+__all__ += ["noise", "peak_allocation", "placed", "stamp", "table", "training_step", "write"]

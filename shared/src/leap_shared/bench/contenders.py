@@ -76,13 +76,17 @@ class Local:
         """Of one call: the memory that it adds at its peak (10^6 bytes) and the operations that torch counts (10^9).
 
         On CUDA the memory is what PyTorch's allocator hands out; on Linux CPUs the growth of the resident set, with
-        what is not PyTorch's; elsewhere None. Operators without a FLOP formula count nothing.
+        what is not PyTorch's; elsewhere None. Operators without a FLOP formula count nothing, as what refuses to be
+        looked into.
         """
         gc.collect()
         memory = self._cuda_peak() if self.device.type == "cuda" else self._cpu_peak()
-        with FlopCounterMode(display=False) as counter:
-            self.function()
-        flop = counter.get_total_flops()
+        try:
+            with FlopCounterMode(display=False) as counter:
+                self.function()
+            flop = counter.get_total_flops()
+        except RuntimeError:  # what compiles parts of itself cannot be looked into
+            flop = 0
         return {"peak_memory_mb": None if memory is None else memory / 1e6, "gflop": flop / 1e9 if flop else None}
 
     def _cuda_peak(self) -> int:

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,12 @@ from leap_shared import files
 from leap_shared.bench.compare import Row
 from leap_shared.errors import UserError
 
-__all__ = ["stamp", "table", "write"]
+__all__ = ["memory_table", "stamp", "table", "write"]
+
+MEMORY_NOTE = (
+    "What one call adds to the memory at its peak, in 10^6 bytes: on a GPU what PyTorch hands out; on a CPU the growth "
+    "of the resident set, in which buffers that are kept from call to call do not show."
+)
 
 
 def stamp() -> dict[str, str]:
@@ -95,8 +100,34 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(rows: Sequence[Row], folder: Path, name: str, *, plot: bool = False) -> list[Path]:
+def memory_table(rows: Sequence[Row]) -> str:
+    """What one call adds to the memory at its peak, as a Markdown table."""
+    lines = [
+        MEMORY_NOTE,
+        "",
+        "| case | device | threads | ours, MB | peer | peer, MB |",
+        "| --- | --- | --: | --: | --- | --: |",
+    ]
+    for row in rows:
+        ours, peer = (
+            "unknown" if (value := row.details["peak_memory_mb"][who]) is None else f"{value:.1f}"
+            for who in ("ours", "peer")
+        )
+        lines.append(f"| {row.case} | {row.device} | {row.threads} | {ours} | {row.peer} | {peer} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(
+    rows: Sequence[Row], folder: Path, name: str, *, plot: bool = False, absent: Mapping[str, str] | None = None
+) -> list[Path]:
     """Write `name`.json (stamp and rows), `name`.md (table) and, where a plot is asked for, `name`.png; return them.
+
+    Args:
+        rows: what was measured.
+        folder: made where it is missing.
+        name: of the files.
+        plot: whether to draw the ratios.
+        absent: peers that could not be measured, and why; each has a row in the table.
 
     Raises:
         UserError: the folder cannot be written to, there is nothing to write, or matplotlib is missing for the plot.
@@ -108,9 +139,11 @@ def write(rows: Sequence[Row], folder: Path, name: str, *, plot: bool = False) -
     if plot:
         _plot(rows, picture)
     machine = {**stamp(), "threads": ", ".join(sorted({str(row.threads) for row in rows}))}
-    files.write_json(data, {"stamp": machine, "rows": [row.to_json() for row in rows]})
+    told = {"absent": dict(absent)} if absent else {}
+    files.write_json(data, {"stamp": machine, "rows": [row.to_json() for row in rows], **told})
     facts = "".join(f"- {key}: {value}\n" for key, value in machine.items())
-    files.write_text(text, f"{table(rows)}\n{facts}")
+    missing = "".join(f"|  |  |  |  |  | {peer} | {reason} |  |  |  |\n" for peer, reason in (absent or {}).items())
+    files.write_text(text, f"{table(rows)}{missing}\n{facts}")
     return [data, text, picture] if plot else [data, text]
 
 

@@ -63,8 +63,8 @@ class NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tokens, hw: Size) -> Tokens:
         """Tokens of a map of `hw` to tokens of the same shape."""
-        packed = self.qkv(x).reshape(-1, *hw, 3, self.num_heads, x.shape[2] // self.num_heads)
-        query, key, value = packed.unbind(3)
+        shape = (-1, *hw, self.num_heads, x.shape[2] // self.num_heads)
+        query, key, value = (part.reshape(shape) for part in self.qkv(x).chunk(3, 2))
         if self._by_natten(x, hw):
             from natten import na2d
 

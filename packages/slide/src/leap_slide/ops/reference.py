@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from leap_shared.vision.bodies.grids import Size
-
 __all__ = ["Bias", "Maps", "Padded", "Slots", "Taps", "forward", "gradients", "inside", "pad", "side_of", "widest"]
 
 Maps = Float[Tensor, "batch heads dim height width"]
@@ -24,6 +22,8 @@ Padded = Float[Tensor, "batch heads dim padded_height padded_width"]
 Slots = Float[Tensor, "batch heads slots height width"]
 Taps = Float[Tensor, "dim slots taps"]
 Bias = Float[Tensor, "dim slots"]
+Extent = tuple[int | torch.SymInt, int | torch.SymInt]
+"""Height and width, which graphs of dynamic shapes leave open."""
 
 
 def widest(dtype: torch.dtype) -> torch.dtype:
@@ -36,12 +36,19 @@ def side_of(weight: Taps) -> int:
     return math.isqrt(weight.shape[2])
 
 
+def _as(like: Tensor, x: Tensor) -> Tensor:
+    """`x` in the dtype and memory order of `like`, which compiled graphs rely on."""
+    order = sorted(range(like.ndim), key=like.stride, reverse=True)
+    back = [order.index(dimension) for dimension in range(like.ndim)]  # copy_ has no form in ONNX
+    return x.to(like.dtype).permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+
 def pad(x: Maps, radius: int) -> Padded:
     """Zeros around every map."""
     return F.pad(x, (radius,) * 4)
 
 
-def inside(size: Size, side: int, device: torch.device) -> Bool[Tensor, "slots height width"]:
+def inside(size: Extent, side: int, device: torch.device) -> Bool[Tensor, "slots height width"]:
     """Whether the pixel that a slot's plain shift reads is inside the map."""
     radius = side // 2
     offset = torch.arange(side, device=device) - radius
@@ -52,7 +59,7 @@ def inside(size: Size, side: int, device: torch.device) -> Bool[Tensor, "slots h
     return (within[0][:, None, :, None] & within[1][None, :, None, :]).flatten(0, 1)
 
 
-def _shifts(x: Padded, side: int, size: Size) -> Iterator[Maps]:
+def _shifts(x: Padded, side: int, size: Extent) -> Iterator[Maps]:
     """The map as each tap sees it, row by row."""
     for tap in range(side * side):
         row, column = divmod(tap, side)
@@ -130,7 +137,7 @@ def forward(
     padded: bool,
 ) -> Maps:
     """Local attention of every pixel to the slots that convolutions make of its neighbours."""
-    dtype, wide = query.dtype, widest(query.dtype)
+    given, wide = query, widest(query.dtype)
     query, key, value, key_weight, key_bias = (x.to(wide) for x in (query, key, value, key_weight, key_bias))
     value_weight, value_bias, position, keep = (
         None if x is None else x.to(wide) for x in (value_weight, value_bias, position, keep)
@@ -141,7 +148,7 @@ def forward(
     if keep is not None:
         share = share * keep
     weight, bias = _of_values(key_weight, key_bias, value_weight, value_bias)
-    return _mix(share, value, weight, bias).to(dtype)
+    return _as(given, _mix(share, value, weight, bias))
 
 
 def _scatter(source: Maps, share: Slots, weight: Taps, radius: int) -> Padded:
@@ -214,5 +221,6 @@ def gradients(
         of_value_weight, of_value_bias = query.new_zeros(0), query.new_zeros(0)
     if not padded:
         of_key, of_value = (x[..., radius : radius + height, radius : radius + width] for x in (of_key, of_value))
-    inputs = (x.to(like.dtype) for x, like in zip((of_query, of_key, of_value), given, strict=True))
-    return *inputs, of_weight, of_bias, of_value_weight, of_value_bias, of_position
+    inputs = (_as(like, x) for x, like in zip((of_query, of_key, of_value), given, strict=True))
+    tables = (of_weight, of_bias, of_value_weight, of_value_bias, of_position)
+    return *inputs, *(x.contiguous() for x in tables)
