@@ -12,27 +12,12 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from leap_flatten.visualize import TOLERANCE
-from leap_shared.files import atomic_writer
+from leap_shared.vision.pictures import INK, plain_axes, save_figure
 
 __all__ = ["latency_figure", "rank_figure"]
 
-INK, GRID = "#22262B", "#E3E6EA"
 COLOURS = ("#8A8F98", "#E69F00", "#009E73", "#0072B2", "#CC79A7")  # Okabe and Ito, and the baseline's and method's
 LINEAR, SOFTMAX = "#0072B2", "#8A8F98"
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    with atomic_writer(path) as file:
-        figure.savefig(file, format="png", facecolor="white")
-    return path
-
-
-def _plain(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
 
 
 def rank_figure(
@@ -71,15 +56,16 @@ def rank_figure(
     lines = [Line2D([], [], color=colour, lw=2.2, label=arm) for arm, colour in zip(spectra, COLOURS, strict=False)]
     lines += [Line2D([], [], color=INK, label=state, **style) for state, style in styles.items()]
     figure.legend(handles=lines, frameon=False, fontsize=9, loc="outside lower center", ncols=len(lines))
-    _plain(left, "Spectrum of the equivalent attention matrix")
+    plain_axes(left, "Spectrum of the equivalent attention matrix")
     right.axvline(head_dim, color=INK, lw=1, ls="--")
     right.text(head_dim + 1, len(spectra) - 0.55, f"dim of a head: {head_dim}", color=INK, fontsize=9)
     right.set_xlim(0, tokens + 2)
     right.set_ylim(-0.5, len(spectra) - 0.3)
     right.set_yticks(range(len(spectra)), list(spectra))
     right.set_xlabel(f"numerical rank of {tokens}", color=INK)
-    _plain(right, "Rank, one dot per seed (hollow: random)")
-    return _save(figure, path)
+    plain_axes(right, "Rank, one dot per seed (hollow: random)")
+    save_figure(figure, path)
+    return path
 
 
 def latency_figure(
@@ -103,5 +89,6 @@ def latency_figure(
     axes.set_xlabel("tokens N", color=INK)
     axes.set_ylabel("milliseconds of one thread", color=INK)
     axes.legend(frameon=False)
-    _plain(axes, "One image through the layer, on a CPU")
-    return _save(figure, path)
+    plain_axes(axes, "One image through the layer, on a CPU")
+    save_figure(figure, path)
+    return path

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from leap_shared.experiment import Estimate
-from leap_shared.vision.pictures import INK, save_figure
+from leap_shared.vision.pictures import INK, plain_axes, save_figure
 
 __all__ = ["costs_figure", "differences_figure"]
 
-GRID = "#E3E6EA"
 CLAIMED, OTHER = "#0072B2", "#8A8F98"
 COLOURS = ("#E69F00", "#CC79A7", "#8A8F98", "#0072B2")  # Okabe and Ito; ours comes last
 MARKS, WIDTHS = ("s", "D", "^", "o"), (3.6, 1.6, 1.6, 2.4)  # the first two are one line where they agree
-
-
-def _plain(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
 
 
 def differences_figure(
@@ -53,7 +43,7 @@ def differences_figure(
     axes.set_yticks(range(len(differences)), list(differences))
     axes.set_ylim(len(differences) - 0.45, -0.6)
     axes.set_xlabel(f"difference in test accuracy ({unit})", color=INK)
-    _plain(axes, "Differences between arms, seed by seed")
+    plain_axes(axes, "Differences between arms, seed by seed")
     save_figure(figure, path)
     return path
 
@@ -88,8 +78,8 @@ def costs_figure(
         )
     left.set_ylabel("feature maps", color=INK)
     right.set_ylabel("milliseconds of one thread", color=INK)
-    _plain(left, "Memory besides q, k, v and the output")
-    _plain(right, "Time of a call")
+    plain_axes(left, "Memory besides q, k, v and the output")
+    plain_axes(right, "Time of a call")
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, frameon=False, fontsize=9, loc="outside lower center", ncols=len(names))
     save_figure(figure, path)

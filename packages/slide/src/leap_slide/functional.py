@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from leap_shared.errors import UserError, did_you_mean
-from leap_shared.ops import backends, use
+from leap_shared.ops import backends, requested, use
 from leap_slide import ops
 from leap_slide.ops import reference
 from leap_slide.ops.reference import Bias, Maps, Slots, Taps
@@ -194,7 +194,9 @@ def attend(
     (weight, bias), (own_weight, own_bias) = _by_tap(keys), (None, None) if values is None else _by_tap(values)
     tensors = (query, key, value, weight, bias, own_weight, own_bias, position, keep)
     forced = {"gemm": "cpu" if query.device.type == "cpu" else "reference", "triton": "triton"}.get(backend)
-    with use(forced) if forced and not torch.compiler.is_compiling() else contextlib.nullcontext():
+    by_itself = forced in (None, requested()) or (forced == "cpu" and requested() == "auto")
+    # What `use` asks for holds for other threads too, so it is not asked for without need, nor inside a graph.
+    with contextlib.nullcontext() if by_itself or torch.compiler.is_compiling() else use(str(forced)):
         return ops.slide_attention(*tensors, scale, on_logits, masked, padded)
 
 

@@ -229,6 +229,7 @@ def _draw_overview(figure: Any, picture: Image.Image, hw: Size, side: int, queri
 def _draw_kernels(figure: Any, kernels: Float[Tensor, "heads shown side side"]) -> None:
     """A row per head of kernels with the weights in their cells, where there is room for them."""
     top, side = max(float(kernels.abs().max()), 1e-12), kernels.shape[3]
+    figure.suptitle("effective kernels, over the map and at the boxes", color=INK, fontsize=10)
     rows = figure.subplots(*kernels.shape[:2], squeeze=False)
     for head, (axes, of_head) in enumerate(zip(rows, kernels, strict=True)):
         for number, (panel, kernel) in enumerate(zip(axes, of_head, strict=True)):

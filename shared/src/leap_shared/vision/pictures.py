@@ -15,9 +15,9 @@ from leap_shared.errors import UserError
 from leap_shared.files import atomic_writer
 from leap_shared.vision.bodies.grids import Number, Size
 
-__all__ = ["INK", "WARNING", "load_picture", "new_figure", "save_figure", "to_input"]
+__all__ = ["INK", "WARNING", "load_picture", "new_figure", "plain_axes", "save_figure", "to_input"]
 
-INK, WARNING = "#22262B", "#B3261E"
+INK, WARNING, GRID = "#22262B", "#B3261E", "#E3E6EA"
 
 
 def load_picture(path: Path, size: Size) -> Image.Image:
@@ -61,3 +61,12 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as .png, atomically."""
     with atomic_writer(path) as file:
         figure.savefig(file, format="png", facecolor="white")
+
+
+def plain_axes(axes: Any, title: str) -> None:
+    """Give axes a title, a light grid, and no more lines than needed."""
+    axes.set_title(title, loc="left", color=INK, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+    axes.grid(color=GRID, lw=0.8)
+    axes.set_axisbelow(True)

@@ -42,8 +42,8 @@ class Variant:
 
 DERIVED = "derived: no code published"
 PLOT = "read off the plot"
-RELEASED = "the released configuration, stages 3 and 4 global; the paper's numbers are those of the form _w7"
-WINDOWS = "7x7 windows, which reproduces the paper's FLOPs"
+RELEASED = "as released, stages 3 and 4 global; the paper's numbers are given at the form _w7"
+WINDOWS = "7x7 windows, which gives the paper's FLOPs"
 EXPERIMENTAL = "experimental: no code published"
 VARIANTS: dict[str, Variant] = {
     variant.name: variant

@@ -119,5 +119,5 @@ def gradients(
     if value_weight is None:
         weights, biases = [weights[0] + weights[1], wide.new_zeros(0)], [biases[0] + biases[1], wide.new_zeros(0)]
     if tables.position is not None:
-        of_position = of_position.view(-1, plan.batch, plan.heads).sum(1).t().contiguous()
+        of_position = of_position.view(len(of_position), plan.batch, plan.heads).sum(1).t().contiguous()
     return *(out for out, _ in outputs), weights[0], biases[0], weights[1], biases[1], of_position
