@@ -107,7 +107,7 @@ def export_onnx(
     """
     for name in ("onnx", "onnxscript"):
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"an export to ONNX needs {name}: pip install "leap-slide[onnx]"")
+            raise UserError(f"an export to ONNX needs {name}: pip install 'leap-slide[onnx]'")
     import onnx
 
     if opset < OPSET or opset > onnx.defs.onnx_opset_version():
@@ -160,7 +160,7 @@ def export_coreml(
         UserError: coremltools is missing, an option is impossible, or there is such a folder already.
     """
     if importlib.util.find_spec("coremltools") is None:
-        raise UserError("an export to Core ML needs coremltools: pip install "leap-slide[coreml]"")
+        raise UserError("an export to Core ML needs coremltools: pip install 'leap-slide[coreml]'")
     import coremltools  # type: ignore[import-not-found, unused-ignore] # it is optional
 
     if batch < 1:
