@@ -127,7 +127,7 @@ def neighborhood(q: Image, k: Image, v: Image, num_heads: int, kernel_size: int)
     """
     if not has_natten():
         raise UserError("neighbourhood attention needs natten: pip install natten")
-    from natten import na2d
+    from natten import na2d  # type: ignore[import-not-found, unused-ignore] # it is optional
 
     query, key, value = (_heads(x, num_heads) for x in (q, k, v))
     out: Tensor = na2d(query, key, value, kernel_size=kernel_size)

@@ -66,7 +66,7 @@ class NeighborhoodAttention(nn.Module):
         shape = (-1, *hw, self.num_heads, x.shape[2] // self.num_heads)
         query, key, value = (part.reshape(shape) for part in self.qkv(x).chunk(3, 2))
         if self._by_natten(x, hw):
-            from natten import na2d
+            from natten import na2d  # type: ignore[import-not-found, unused-ignore] # it is optional
 
             out = na2d(query, key, value, kernel_size=self.kernel_size).flatten(1, 2)
         else:

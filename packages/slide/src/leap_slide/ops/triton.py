@@ -74,8 +74,10 @@ class Plan:
 
     def constants(self) -> dict[str, Any]:
         """Arguments of all kernels."""
-        # Products of float32 keep their inputs in registers, which takes twice the threads.
-        return {**dataclasses.asdict(self), "num_warps": 8 if self.precision == "ieee" else 4}
+        # Products of float32 keep their inputs in registers, which takes twice the threads; kernels that are loaded
+        # ahead wait in shared memory, which has no room for three of the largest.
+        stages = 2 if self.channels * self.slots > 4096 else 3
+        return {**dataclasses.asdict(self), "num_warps": 8 if self.precision == "ieee" else 4, "num_stages": stages}
 
 
 def table_of(weight: Tensor, bias: Tensor, plan: Plan) -> Tensor:
