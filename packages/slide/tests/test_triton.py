@@ -96,8 +96,8 @@ def run(backend: str, args: list[Any]) -> tuple[Tensor, ...]:
 
 def wanted(args: list[Any]) -> tuple[Tensor, ...]:
     """What `run` is to find: the reference, in float64 on a CPU, of the same numbers."""
-    double = [x.cpu().double() if isinstance(x, Tensor) else x for x in args]
-    gradient = [x.cpu().double() if isinstance(x, Tensor) else x for x in backward_of(args)]
+    double: list[Any] = [x.cpu().double() if isinstance(x, Tensor) else x for x in args]
+    gradient: list[Any] = [x.cpu().double() if isinstance(x, Tensor) else x for x in backward_of(args)]
     return ops.slide_attention.reference(*double), *ops.slide_attention_backward.reference(*gradient)
 
 
@@ -213,7 +213,7 @@ def test_memory_order_is_what_the_compiler_was_told(name: str) -> None:
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in SAMPLES[name]]
+        fake: list[Any] = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in SAMPLES[name]]
         told = ops.slide_attention(*fake), *ops.slide_attention_backward(fake[0], *fake)
     for what, got, want in zip(("output", *OUTPUTS), run("triton", SAMPLES[name]), told, strict=True):
         strides = [[step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1] for x in (got, want)]

@@ -22,7 +22,7 @@ __all__ = ["Kernels", "Plan", "Strip", "Tables", "add_scores", "forward", "joine
 __all__ += ["scratch", "shares"]
 
 AROUND = ("key", "value")  # memory that taps reach around
-NUMBERS = 160_000  # of a strip's pixels by channels and slots, a thread: what is in use fits a second-level cache
+NUMBERS = 165_000  # a strip's pixels times channels and twice slots, a thread: what is in use fits a second-level cache
 
 _memory = threading.local()
 
@@ -126,7 +126,7 @@ class Plan:
 
     def strips(self) -> Iterator[Strip]:
         """Several whole small maps, or some rows of a large one."""
-        limit = max(NUMBERS * torch.get_num_threads() // (self.dim + self.side**2), 256)
+        limit = max(NUMBERS * torch.get_num_threads() // (self.dim + 2 * self.side**2), 256)
         rows, total = max(limit // self.row, 1), self.batch * self.heads
         step, maps = _share(self.height, rows), _share(total, max(rows // (self.height + 2 * self.radius), 1))
         for first in range(0, total, maps):

@@ -79,7 +79,8 @@ def gradients(
     of_value.zero_()
     queries, keys, values, outer = (joined(x) for x in (query, key, value, gradient))
     kept = None if keep is None else joined(keep)
-    keys_sums, values_sums = _Sums(tables.key), _Sums(tables.value)
+    keys_sums = _Sums(tables.key)
+    values_sums = keys_sums if tables.value is tables.key else _Sums(tables.value)
     of_position = wide.new_zeros(0 if tables.position is None else tables.position.shape)  # (slots, maps)
     for strip in plan.strips():
         q, k = plan.spread("query", queries, wide, strip, scale), plan.around("key", keys, wide, strip)
@@ -104,20 +105,21 @@ def gradients(
         if tables.position is not None:
             apart = of_logits.view(len(of_logits), strip.count, -1)
             if on_logits:
-                found = apart.sum(2)
+                added = apart.sum(2)
             else:
-                found = torch.einsum("imp,mp->im", apart, q.sum(0).view(strip.count, -1))
+                added = torch.einsum("imp,mp->im", apart, q.sum(0).view(strip.count, -1))
                 taken += torch.einsum("imp,im->mp", apart, tables.position[:, strip.maps]).flatten()
-            of_position[:, strip.maps] += found
+            of_position[:, strip.maps] += added
         taken *= scale
         of_query[strip.maps, :, strip.rows] = plan.gathered(taken, strip)
     for out, maps in outputs:
         if maps.data_ptr() != out.data_ptr():
             out.copy_(maps.view(out.shape))
-    weights = [sums.weight.permute(2, 1, 0).contiguous() for sums in (keys_sums, values_sums)]
-    biases = [sums.bias.t().contiguous() for sums in (keys_sums, values_sums)]
-    if value_weight is None:
-        weights, biases = [weights[0] + weights[1], wide.new_zeros(0)], [biases[0] + biases[1], wide.new_zeros(0)]
+    found = [keys_sums.weight.permute(2, 1, 0).contiguous(), keys_sums.bias.t().contiguous()]
+    if values_sums is keys_sums:
+        found += [wide.new_zeros(0), wide.new_zeros(0)]
+    else:
+        found += [values_sums.weight.permute(2, 1, 0).contiguous(), values_sums.bias.t().contiguous()]
     if tables.position is not None:
         of_position = of_position.view(len(of_position), plan.batch, plan.heads).sum(1).t().contiguous()
-    return *(out for out, _ in outputs), weights[0], biases[0], weights[1], biases[1], of_position
+    return *(out for out, _ in outputs), *found, of_position
