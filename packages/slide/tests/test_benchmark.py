@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 FORMULAS = {TWO_PATH, MERGED, UNFOLD}
 app = App("leap-slide", "leap_slide", (Bench,))
 SMALL = Shape(1, 4, 6, 8, 2, 3, gpu_batch=3)
-TINY = Settings.quick(shapes=(SMALL,), neighborhoods=(SMALL,), memory=SMALL, contests=())
+TINY = Settings.quick(shapes=(SMALL,), trained=(SMALL,), neighborhoods=(SMALL,), memory=SMALL, contests=())
 TITLE = "1x4x6x8, 2 heads, k=3"
 
 

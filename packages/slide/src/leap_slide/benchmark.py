@@ -93,6 +93,8 @@ class Settings:
     flex: bool = False
     """Whether to compile FlexAttention on a CPU too, which takes a C++ compiler."""
     shapes: tuple[Shape, ...] = SHAPES
+    trained: tuple[Shape, ...] = SHAPES[:3]
+    """Shapes whose training is measured on a CPU, where the others would take most of an hour."""
     neighborhoods: tuple[Shape, ...] = SHAPES[:2]
     """Shapes of the comparison with natten and FlexAttention on a CPU, where natten takes up to seconds a call."""
     contests: tuple[Contest, ...] = CONTESTS
@@ -110,6 +112,8 @@ class Settings:
         for name in self.parts:
             if name not in (known := (*PARTS, MEMORY)):
                 raise UserError(f"part {name!r} is unknown: {did_you_mean(name, known)}")
+        if self.rounds < 2:
+            raise UserError(f"rounds {self.rounds}: expected 2 or more, for an interval")
         if not self.threads or min(self.threads) < 0:
             given = ", ".join(map(str, self.threads)) or "none"
             raise UserError(f"threads {given}: expected numbers of 1 or more, or 0 for all")
@@ -118,7 +122,7 @@ class Settings:
     def quick(cls, **changes: Any) -> Settings:
         """A trial of less than a minute."""
         small = Shape(1, 8, 9, 32, 2, 3, 2)
-        sizes: dict[str, Any] = {"shapes": (small,), "neighborhoods": (small,), "memory": small}
+        sizes: dict[str, Any] = {"shapes": (small,), "trained": (small,), "neighborhoods": (small,), "memory": small}
         sizes["contests"] = tuple(replace(contest, size=64) for contest in CONTESTS[1:])
         return cls(**{**sizes, "rounds": 2, "warmup": 1, "min_seconds": 1e-6, "smoke": True, **changes})
 
@@ -202,9 +206,11 @@ def _inference(core: Core) -> Callable[[], object]:
     return partial(infer, core.function)
 
 
-def _cores(settings: Settings, context: Context) -> Iterator[tuple[Shape, str, Core, dict[str, Core]]]:
+def _cores(
+    shapes: tuple[Shape, ...], settings: Settings, context: Context
+) -> Iterator[tuple[Shape, str, Core, dict[str, Core]]]:
     """Every shape with its title, ours and the peers: channels last, and on a CPU as the layer has them there."""
-    for shape in settings.shapes:
+    for shape in shapes:
         for first in (False,) if _on_gpu(context) else (False, True):
             operands = Operands(shape, context.device, context.seed, first)
             others = {**operands.formulas(), **(operands.softmax() if settings.peers else {})}
@@ -214,7 +220,7 @@ def _cores(settings: Settings, context: Context) -> Iterator[tuple[Shape, str, C
 
 def _operator(settings: Settings, context: Context) -> Iterator[Case]:
     """What lies between the projections, in inference."""
-    for shape, title, ours, others in _cores(settings, context):
+    for shape, title, ours, others in _cores(settings.shapes, settings, context):
         target = GPU_TARGETS if _on_gpu(context) else shape.targets
         calls = {name: _inference(core) for name, core in others.items()}
         yield _case(title, _inference(ours), calls, target, context)
@@ -240,11 +246,12 @@ def _modules(settings: Settings, context: Context) -> Iterator[Case]:
 
 def _training(settings: Settings, context: Context) -> Iterator[Case]:
     """Forward and backward: between the projections, and whole layers with gradients for input and parameters."""
-    for _, title, ours, others in _cores(settings, context):
+    shapes = settings.shapes if _on_gpu(context) else settings.trained
+    for _, title, ours, others in _cores(shapes, settings, context):
         calls = {name: _both(core) for name, core in others.items()}
         target = GPU_TARGETS if _on_gpu(context) else None
         yield _case(f"forward and backward, {title}", _both(ours), calls, target, context)
-    for shape in settings.shapes:
+    for shape in shapes:
         layer, modules = _layers(shape, settings, context)
         x = shape.tokens(context.device, context.seed).requires_grad_()
 

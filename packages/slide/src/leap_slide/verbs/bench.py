@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from leap_shared.cli import Command, Context
 
@@ -27,6 +29,8 @@ class Bench(Command):
     """Parts to measure; all where none is given."""
     threads: tuple[int, ...] = (1, 0)
     """Numbers of CPU threads, one after the other; 0 is what PyTorch takes by itself."""
+    rounds: int = 15
+    """How often each contender's turn comes."""
     peers: bool = True
     """Measure beside softmax attention, natten and timm's models too, not forms of the same formula alone."""
     flex: bool = False
@@ -38,6 +42,7 @@ class Bench(Command):
         """Measure."""
         from leap_slide import benchmark
 
-        make = benchmark.Settings.quick if self.quick else benchmark.Settings
-        settings = make(parts=self.parts, threads=self.threads, peers=self.peers, flex=self.flex)
+        sizes: dict[str, Any] = {"parts": self.parts, "threads": self.threads, "peers": self.peers, "flex": self.flex}
+        make = benchmark.Settings.quick if self.quick else partial(benchmark.Settings, rounds=self.rounds)
+        settings = make(**sizes)
         return benchmark.run(settings, context)
