@@ -21,7 +21,7 @@ import leap_slide as ls
 from leap_shared.errors import UserError
 from leap_shared.ops import use
 from leap_shared.testing.operators import without_type_checks
-from leap_slide.attention import DepthwiseKernels
+from leap_slide.attention import DepthwiseKernels, check_state
 from leap_slide.functional import PADDINGS, shift_kernel
 
 FLOAT64_ROUNDING = 1e-10
@@ -103,6 +103,13 @@ def test_hooks_on_the_projection_are_called() -> None:
     assert not is_close(layer(x, (4, 5)), want)
 
 
+def test_backward_hooks_on_the_projection_are_called() -> None:
+    layer, seen = layer_of(), []
+    layer.qkv.register_full_backward_hook(lambda *args: seen.append(args))
+    layer(tokens_of(), (4, 5)).sum().backward()
+    assert len(seen) == 1
+
+
 def test_replaced_projection_is_used() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -128,6 +135,17 @@ def test_kernel_of_the_fixed_path_is_frozen_and_its_bias_is_not() -> None:
     assert layer.dep_conv.weight.grad is None
     assert layer.dep_conv.bias.grad is not None
     assert torch.equal(layer.dep_conv.bias.grad, layer.dep_conv1.bias.grad)
+
+
+@pytest.mark.parametrize("names", [("qkv.weight", "qkv.bias"), ("q.weight", "kv.weight")], ids=["packed", "apart"])
+def test_weights_of_another_attention_are_refused_with_the_converter(names: tuple[str, ...]) -> None:
+    layer = layer_of()
+    state = {name: torch.zeros(2, 2) for name in names}
+    with pytest.raises(UserError, match=r"of another attention.*leap_slide\.convert\.from_swin"):
+        check_state(layer, state, "")
+    own = {"qkv.bias": torch.ones_like(layer.qkv.bias)}
+    layer.load_state_dict(own, strict=False)  # a part of the layer's own is no other attention
+    assert torch.equal(layer.qkv.bias, own["qkv.bias"])
 
 
 def test_checkpoint_has_the_released_names_and_shapes() -> None:
@@ -269,6 +287,13 @@ def test_single_bias_is_folded_into_both_kernels_and_leaves_the_callers_state_al
     assert is_close(one(tokens_of(), (4, 5)), two(tokens_of(), (4, 5)))
     assert state.keys() == before.keys()
     assert all(torch.equal(state[name], before[name]) for name in before)
+
+
+def test_weights_of_one_bias_are_refused_where_there_are_two() -> None:
+    state = layer_of(single_bias=True).state_dict()
+    with pytest.raises(UserError, match="one bias, this model two: create it with single_bias=True"):
+        check_state(layer_of(), state, "")
+    assert layer_of().load_state_dict(state, strict=False).missing_keys == ["dep_conv.bias"]
 
 
 def test_single_bias_loads_its_own_state() -> None:

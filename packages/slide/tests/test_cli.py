@@ -59,7 +59,7 @@ def test_list_is_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("list") == 0
     lines = capsys.readouterr().out.splitlines()
     (row,) = (line for line in lines if " slide_swin_base_w7 " in line or line.startswith("slide_swin_base_w7 "))
-    assert all(text in row for text in ("87787424", "15.5", "84.2", "reproduces the paper's FLOPs"))
+    assert all(text in row for text in ("87787424", "15.5", "84.2", "gives the paper's FLOPs"))
 
 
 def test_info_describes_the_stages_of_a_variant(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,7 @@ def apart(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model_with_one_path_gives_what_it_gave(family: str) -> None:
     network = model(family)
+    assert network.reparameterized is False
     with torch.inference_mode():
         wanted = network(images())
         assert reparameterize(network) is network

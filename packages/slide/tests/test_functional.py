@@ -412,10 +412,16 @@ def test_tensors_on_several_devices_are_refused(name: str) -> None:
         slide_attention(**{**given, name: given[name].to("meta")})
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (2, 4, 0)])
+@every_backend
+def test_empty_batch_gives_an_empty_output(backend: str) -> None:
+    given = sample() | {name: torch.zeros(0, 4, 5, 6, dtype=torch.float64) for name in "qkv"}
+    assert slide_attention(**given, backend=backend).shape == (0, 4, 5, 6)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 5), (2, 4, 0)])
 def test_empty_maps_are_refused(shape: tuple[int, int, int]) -> None:
     given = sample() | {name: torch.zeros(*shape, 6, dtype=torch.float64) for name in "qkv"}
-    with pytest.raises(UserError, match="expected at least one image and one pixel"):
+    with pytest.raises(UserError, match="expected at least one pixel"):
         slide_attention(**given)
 
 

@@ -51,6 +51,13 @@ def nat(**changes: Any) -> ls.SlideNAT:
 FAMILIES: list[Make] = [swin, pvt, pvt_v2, cswin, nat]
 every_family = pytest.mark.parametrize("make", FAMILIES)
 
+
+@every_family
+def test_empty_batch_gives_no_logits(make: Make) -> None:
+    with torch.no_grad():
+        assert make()(torch.zeros(0, 3, 64, 64)).shape == (0, 5)
+
+
 # Parameters with frozen kernels, and 1e9 multiply-adds with merged kernels (the specification's table of variants).
 COUNTED = {
     "slide_swin_tiny": (28_348_834, 4.68),

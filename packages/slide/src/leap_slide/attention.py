@@ -230,14 +230,16 @@ class SlideAttention(nn.Module):
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a layer's weight may be used without calling it: nothing wraps it, watches it or stands in for it."""
-    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+    watchers = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) is nn.Linear and not any(watchers)
 
 
-def check_state(layer: SlideAttention, state: Mapping[str, Tensor], prefix: str) -> None:
+def check_state(layer: SlideAttention, state: Mapping[str, Tensor], prefix: str, strict: bool = True) -> None:
     """Say what is wrong with a state dict where PyTorch's list of keys and shapes would not; mend a second bias.
 
     Raises:
-        UserError: the weights are of the other form, of window attention, or of another kernel size.
+        UserError: the weights are of the other form, of another kernel size, and where all are wanted (`strict`) of
+            another attention, or without a bias that was left out in their training.
     """
     where, side = prefix.rstrip(".") or "the layer", layer.kernel_size
     deployed = f"{prefix}{MERGED}.weight" in state
@@ -247,15 +249,19 @@ def check_state(layer: SlideAttention, state: Mapping[str, Tensor], prefix: str)
     if two_paths and layer.reparameterized:
         raise UserError(f"{where}: the weights have two paths, this model one: load, then call reparameterize(model)")
     table = state.get(f"{prefix}relative_position_bias_table")
-    if not (deployed or two_paths) and table is not None and table.ndim == 2:
+    windowed = table is not None and table.ndim == 2
+    other = windowed or (strict and any(f"{prefix}{name}.weight" in state for name in ("qkv", "q", "kv")))
+    if other and not (deployed or two_paths):
         raise UserError(
-            f"{where}: these are weights of window attention, whose qkv rows are ordered in another way: "
-            "use leap_slide.convert.from_swin"
+            f"{where}: these are weights of {'window' if windowed else 'another'} attention, whose qkv rows are "
+            "ordered in another way: use leap_slide.convert.from_swin"
         )
     weight = state.get(f"{prefix}{MERGED if deployed else 'dep_conv1'}.weight")
     if weight is not None and weight.ndim == 4 and weight.shape[2] != side:
         raise UserError(f"{where}: the weights have kernel_size {weight.shape[2]}, this model {side}: create it so")
     second = f"{prefix}dep_conv.bias"
+    if strict and two_paths and second not in state and not layer.single_bias:
+        raise UserError(f"{where}: the weights have one bias, this model two: create it with single_bias=True")
     if layer.single_bias and not layer.reparameterized and second in state and isinstance(state, dict):
         bias = state.pop(second)
         for name in ("dep_conv1", "dep_conv2"):
@@ -263,9 +269,9 @@ def check_state(layer: SlideAttention, state: Mapping[str, Tensor], prefix: str)
                 state[f"{prefix}{name}.bias"] = state[f"{prefix}{name}.bias"] + bias
 
 
-def _check_state(layer: SlideAttention, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+def _check_state(layer: SlideAttention, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
     """Before a state dict is loaded: check it, and warn of a fixed path that is not plain."""
-    check_state(layer, state, prefix)
+    check_state(layer, state, prefix, strict=False)  # PyTorch does not tell whether a part is enough
     side, fixed = layer.kernel_size, state.get(f"{prefix}dep_conv.weight")
     expected = (layer.head_dim * side**2, 1, side, side)
     if (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -30,7 +31,10 @@ Kernels = tuple[Weight, Float[Tensor, " kernels"]]
 
 def check_kernel_size(kernel_size: object) -> None:
     """Raise UserError where a kernel has no middle."""
-    if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
+    number = 0
+    if not isinstance(kernel_size, bool) and isinstance(kernel_size, Integral):
+        number = int(kernel_size)
+    if number < 1 or number % 2 == 0:
         raise UserError(f"kernel_size {kernel_size!r}: expected an odd number of 1 or more, the paper takes 3")
 
 
@@ -262,11 +266,11 @@ def slide_attention(
             raise UserError(f"{name} is of type {table.dtype}: expected a floating-point type")
         if table is not None and table.device != q.device:
             raise UserError(f"{name} is on {table.device}, q on {q.device}: move one to the other")
-    batch, height, width, channels = q.shape
+    height, width, channels = q.shape[1:]
     if num_heads < 1 or channels % num_heads:
         raise UserError(f"{channels} channels and {num_heads} heads: the channels must be a multiple of the heads")
-    if not min(batch, height, width):
-        raise UserError(f"{shapes}: expected at least one image and one pixel")
+    if not min(height, width):
+        raise UserError(f"{shapes}: expected at least one pixel")
     dim, slots = channels // num_heads, kernel_size**2
     keys, values = (weight, bias), None
     _check_kernels("weight", "bias", weight, bias, dim, kernel_size)

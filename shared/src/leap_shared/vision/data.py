@@ -149,7 +149,9 @@ class TrainOrder:
         self.updates = length // (accumulation * world * size)
         if not self.updates:
             batch = f"batch_size {size} x accumulation {accumulation} x {world} processes"
-            raise UserError(f"{batch} is more than the {length} training pictures: lower one of them")
+            raise UserError(
+                f"{batch} is more than the {length} training pictures: lower one of them, accumulation to 1 say"
+            )
         order = torch.randperm(length, generator=torch.Generator().manual_seed(derive(seed, epoch)))
         order = order[: self.updates * accumulation * world * size].view(-1, *shape)
         self.epoch, self.rows = epoch, order[start:, :, rank].flatten(0, 1)

@@ -41,7 +41,7 @@ class Conversion:
     Attributes:
         written: the file.
         variant: whose weights they are, but for head and image size; None where no variant of this package fits.
-        tensors, parameters: how many tensors and numbers were in the file that was read, without tables of indices.
+        tensors, parameters: how many tensors and numbers were written, without tables of indices.
         sha256: of the file that was written.
         verified: what was found equal bit by bit in both files: "tensors and logits", "tensors" where no variant has
             exactly these shapes, or "nothing" where it was not asked for.
@@ -321,8 +321,8 @@ class Official:
         else:
             write_safetensors(target, state, {"format": "pt", **({"model": variant} if variant else {})})
         verified = _verify(target, state, model) if verify else "nothing"
-        parameters = sum(value.numel() for value in given.values())
-        return Conversion(target, variant, len(given), parameters, files.sha256(target), verified)
+        parameters = sum(value.numel() for value in state.values())
+        return Conversion(target, variant, len(state), parameters, files.sha256(target), verified)
 
     def _exact(self, names: list[str], state: Mapping[str, Tensor]) -> nn.Module | None:
         """The variant whose tensors have exactly the shapes of `state`, with these weights."""

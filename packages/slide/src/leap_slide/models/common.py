@@ -9,10 +9,17 @@ from typing import Any
 from torch import nn
 
 from leap_shared.errors import UserError
-from leap_shared.vision.bodies import Site
+from leap_shared.vision.bodies import Body, Site
 from leap_slide.attention import SlideAttention
 
-__all__ = ["slide_attention", "stages"]
+__all__ = ["SlideBody", "slide_attention", "stages"]
+
+
+class SlideBody(Body):
+    """A body with slide attention in some of its stages."""
+
+    reparameterized = False
+    """Whether there is one path in place of two, see `leap_slide.reparameterize`."""
 
 
 def _attention(options: dict[str, Any], site: Site) -> nn.Module:

@@ -10,12 +10,12 @@ from torch import nn
 
 from leap_shared.vision.bodies import CSWin, build, pretrained_config
 from leap_shared.vision.bodies.grids import Number
-from leap_slide.models.common import slide_attention, stages
+from leap_slide.models.common import SlideBody, slide_attention, stages
 
 __all__ = ["SlideCSWin"]
 
 
-class SlideCSWin(CSWin):
+class SlideCSWin(SlideBody, CSWin):
     """CSWin Transformer with slide attention (of all channels, without LePE) in its first stages.
 
     No code was published, and the paper's counts are all that it can be checked against.

@@ -14,11 +14,11 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from leap_shared.errors import UserError
-from leap_shared.vision.bodies import Block, Body, Site, build, pretrained_config
+from leap_shared.vision.bodies import Block, Site, build, pretrained_config
 from leap_shared.vision.bodies.common import Names
 from leap_shared.vision.bodies.grids import Number, Size, Tokens, to_tokens
 from leap_slide.functional import check_kernel_size
-from leap_slide.models.common import slide_attention, stages
+from leap_slide.models.common import SlideBody, slide_attention, stages
 
 __all__ = ["NeighborhoodAttention", "SlideNAT"]
 
@@ -146,7 +146,7 @@ class _Downsample(nn.Module):
         return tokens
 
 
-class SlideNAT(Body):
+class SlideNAT(SlideBody):
     """Neighborhood Attention Transformer with slide attention in its first stages.
 
     No code was published, and the paper's counts are all that it can be checked against.

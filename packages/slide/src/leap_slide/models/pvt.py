@@ -8,12 +8,12 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from leap_shared.vision.bodies import PVT, PVTv2, build, pretrained_config
-from leap_slide.models.common import slide_attention, stages
+from leap_slide.models.common import SlideBody, slide_attention, stages
 
 __all__ = ["SlidePVT", "SlidePVTv2"]
 
 
-class SlidePVT(PVT):
+class SlidePVT(SlideBody, PVT):
     """PVT without class token, with slide attention in its first stages.
 
     Args:
@@ -35,7 +35,7 @@ class SlidePVT(PVT):
         super().__init__(attn_type=stages(num_slide_stages), attention=attention, **options)
 
 
-class SlidePVTv2(PVTv2):
+class SlidePVTv2(SlideBody, PVTv2):
     """PVTv2 with slide attention in its first stages; arguments as for `SlidePVT`."""
 
     def __init__(

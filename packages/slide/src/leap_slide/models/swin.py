@@ -8,12 +8,12 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from leap_shared.vision.bodies import Swin, build, pretrained_config
-from leap_slide.models.common import slide_attention, stages
+from leap_slide.models.common import SlideBody, slide_attention, stages
 
 __all__ = ["SlideSwin"]
 
 
-class SlideSwin(Swin):
+class SlideSwin(SlideBody, Swin):
     """Swin Transformer with slide attention in its first stages.
 
     Args:

@@ -23,6 +23,8 @@ __all__ += ["scratch", "shares"]
 
 AROUND = ("key", "value")  # memory that taps reach around
 NUMBERS = 165_000  # a strip's pixels times channels and twice slots, a thread: what is in use fits a second-level cache
+PART = 0.56  # of a feature map's numbers, at the most: all memory of a backward pass is then below four maps
+LEAST = 100_000  # smaller strips cost more in calls than memory is worth
 
 _memory = threading.local()
 
@@ -83,8 +85,8 @@ class Tables:
         scale: float,
         on_logits: bool,
         masked: bool,
+        wide: torch.dtype,
     ) -> None:
-        wide = widest(key_weight.dtype)
         self.key = self.value = Kernels(key_weight, key_bias, wide)
         if value_weight is not None and value_bias is not None:
             self.value = Kernels(value_weight, value_bias, wide)
@@ -126,8 +128,10 @@ class Plan:
 
     def strips(self) -> Iterator[Strip]:
         """Several whole small maps, or some rows of a large one."""
-        limit = max(NUMBERS * torch.get_num_threads() // (self.dim + 2 * self.side**2), 256)
-        rows, total = max(limit // self.row, 1), self.batch * self.heads
+        total, numbers = self.batch * self.heads, self.dim + 2 * self.side**2  # those of a pixel that memory is for
+        most = int(PART * total * self.height * self.width * self.dim)
+        limit = min(NUMBERS * torch.get_num_threads(), max(most, LEAST)) // numbers
+        rows = max(limit // self.row, 1)
         step, maps = _share(self.height, rows), _share(total, max(rows // (self.height + 2 * self.radius), 1))
         for first in range(0, total, maps):
             for row in range(0, self.height, step):
@@ -249,7 +253,7 @@ def forward(
 ) -> Tensor:
     """See `leap_slide.ops.slide_attention`."""
     plan = Plan(query, key_weight, padded)
-    numbers = (plan.batch * plan.heads, scale, on_logits, masked)
+    numbers = (plan.batch * plan.heads, scale, on_logits, masked, widest(query.dtype))
     tables = Tables(key_weight, key_bias, value_weight, value_bias, position, *numbers)
     wide = tables.key.bias
     out, maps = like(query, wide.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leap_slide.ops.cpu import Kernels, Plan, Strip, Tables, add_scores, joined, like, scratch, shares
+from leap_slide.ops.reference import widest
 
 __all__ = ["gradients"]
 
@@ -70,7 +71,7 @@ def gradients(
 ) -> tuple[Tensor, ...]:
     """See `leap_slide.ops.slide_attention_backward`."""
     plan = Plan(query, key_weight, padded)
-    numbers = (plan.batch * plan.heads, scale, on_logits, masked)
+    numbers = (plan.batch * plan.heads, scale, on_logits, masked, widest(query.dtype))
     tables = Tables(key_weight, key_bias, value_weight, value_bias, position, *numbers)
     wide = tables.key.bias
     outputs = [like(x, wide.dtype) for x in (query, key, value)]

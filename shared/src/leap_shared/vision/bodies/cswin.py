@@ -32,7 +32,7 @@ class LePEAttention(nn.Module):
     ) -> Float[Tensor, "stripes tokens channels"]:
         """Attend inside each stripe of `hw` tokens; the channels may be some of the module's, from `first_channel`."""
         channels = qkv.shape[3]
-        query, key, value = qkv.reshape(*qkv.shape[:3], -1, self.head_dim).transpose(2, 3)
+        query, key, value = qkv.reshape(*qkv.shape[:3], channels // self.head_dim, self.head_dim).transpose(2, 3)
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=self.attn_drop if self.training else 0.0)
         weight, bias = (p[first_channel : first_channel + channels] for p in self.get_v.parameters())
         local = F.conv2d(to_image(qkv[2], hw), weight, bias, padding=1, groups=channels)
@@ -83,7 +83,7 @@ class CSWinBlock(Block):
         """Attention in stripes; where they do not tile the map, it is padded by zeros right and below."""
         stripes, padded = self._stripes(hw)
         image = pad_map(to_map(x, hw), padded)
-        parts = self.qkv(image).reshape(*image.shape[:3], 3, -1).chunk(len(stripes), -1)
+        parts = self.qkv(image).reshape(*image.shape[:3], 3, image.shape[3]).chunk(len(stripes), -1)
         outputs = []
         for branch, (part, stripe) in enumerate(zip(parts, stripes, strict=True)):
             stacked = partition(part, stripe).movedim(2, 0)

@@ -35,7 +35,7 @@ def to_tokens(image: Float[Tensor, "batch channels height width"]) -> Tokens:
 
 def to_map(tokens: Tokens, hw: Size) -> Float[Tensor, "batch height width channels"]:
     """Tokens as a map with channels last."""
-    return tokens.reshape(-1, *hw, tokens.shape[2])
+    return tokens.reshape(tokens.shape[0], *hw, tokens.shape[2])
 
 
 def pad_map(image: Map, padded: Size) -> Shaped[Tensor, "batch new_height new_width *rest"]:
@@ -46,16 +46,17 @@ def pad_map(image: Map, padded: Size) -> Shaped[Tensor, "batch new_height new_wi
 
 def partition(image: Map, window: Size) -> Shaped[Tensor, "windows tokens *rest"]:
     """Cut a map into windows: row-major tokens inside a window, windows row by row, images outermost."""
-    _, height, width, *rest = image.shape
-    cut = image.reshape(-1, height // window[0], window[0], width // window[1], window[1], *rest)
-    return cut.transpose(2, 3).reshape(-1, window[0] * window[1], *rest)
+    images, height, width, *rest = image.shape
+    down, across = height // window[0], width // window[1]
+    cut = image.reshape(images, down, window[0], across, window[1], *rest)
+    return cut.transpose(2, 3).reshape(images * down * across, window[0] * window[1], *rest)
 
 
 def merge(windows: Shaped[Tensor, "windows tokens *rest"], window: Size, hw: Size) -> Map:
     """Inverse of `partition`, for maps of size `hw`."""
-    rest = windows.shape[2:]
-    cut = windows.reshape(-1, hw[0] // window[0], hw[1] // window[1], *window, *rest)
-    return cut.transpose(2, 3).reshape(-1, *hw, *rest)
+    rest, down, across = windows.shape[2:], hw[0] // window[0], hw[1] // window[1]
+    images = windows.shape[0] // (down * across)
+    return windows.reshape(images, down, across, *window, *rest).transpose(2, 3).reshape(images, *hw, *rest)
 
 
 def resample_grid(

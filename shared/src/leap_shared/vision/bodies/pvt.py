@@ -41,10 +41,11 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x: Tokens, hw: Size) -> Tokens:
         """Attend from every token of the map to every token of the shrunken map."""
         check_reduction(hw, self.sr_ratio)
-        query = self.q(x).reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+        dim = x.shape[2] // self.num_heads
+        query = self.q(x).reshape(*x.shape[:2], self.num_heads, dim).transpose(1, 2)
         if self.sr_ratio > 1:
             x = self.norm(to_tokens(self.sr(to_image(x, hw))))
-        key, value = self.kv(x).reshape(*x.shape[:2], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        key, value = self.kv(x).reshape(*x.shape[:2], 2, self.num_heads, dim).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=self.attn_drop if self.training else 0.0)
         projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
         return projected

@@ -69,7 +69,9 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tokens, hw: Size, mask: Tensor | None = None) -> Tokens:
         """Attend inside each window; `mask` (windows of one image, tokens, tokens) is added to the logits."""
-        query, key, value = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, x.shape[2] // self.num_heads).permute(2, 0, 3, 1, 4)
+        )
         table, index = self._table_and_index(hw[0])
         bias = table[index].permute(2, 0, 1)[None]
         if mask is not None:
