@@ -22,6 +22,7 @@ import nox
 ROOT = Path(__file__).parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 EXTRAS = "[vision,datasets,rl,minari,report]"
+PARALLEL = "pytest-xdist>=3.6"
 DIST = ROOT / "dist"
 REPORT = "report"  # relative, for it stands in what demos write
 
@@ -80,8 +81,10 @@ def pick(session: nox.Session, room: str, *flags: str) -> list[str]:
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
-    """Run pytest; where markers choose the tests, a package may have none of them (exit code 5)."""
-    session.run("pytest", *arguments, *session.posargs, success_codes=[0, 5] if "-m" in session.posargs else [0])
+    """Run pytest, a process of one thread per core; where markers choose tests, there may be none (exit code 5)."""
+    codes = [0, 5] if "-m" in session.posargs else [0]
+    spread = ("-n", "auto", *arguments, *session.posargs)
+    session.run("pytest", *spread, env={"OMP_NUM_THREADS": "1"}, success_codes=codes)
 
 
 def pythons_for(name: str) -> Iterator[str]:
@@ -94,10 +97,10 @@ def pythons_for(name: str) -> Iterator[str]:
 def tests(session: nox.Session, package: str) -> None:
     """Run one package's tests; `-- ARGUMENTS` go to pytest."""
     if package == "tools":
-        session.install(*group("tools"))
+        session.install(*group("tools"), PARALLEL)
         pytest(session, "tests")
         return
-    session.install(*editable(package), *group("test", PACKAGES[package]))
+    session.install(*editable(package), *group("test", PACKAGES[package]), PARALLEL)
     session.chdir(PACKAGES[package])
     pytest(session)
 
@@ -122,7 +125,7 @@ for _package in (*PACKAGES, "tools"):
 def tests_lowest(session: nox.Session, package: str) -> None:
     """Run one package's tests with the lowest versions that its metadata allows."""
     session.install("uv")
-    lowest = [*editable(package), *group("test", PACKAGES[package])]
+    lowest = [*editable(package), *group("test", PACKAGES[package]), PARALLEL]
     session.run("uv", "pip", "install", "--resolution", "lowest-direct", *lowest, silent=True)
     session.chdir(PACKAGES[package])
     pytest(session, "-W", "default")

@@ -106,7 +106,7 @@ def test_hooks_on_the_projection_are_called() -> None:
 def test_backward_hooks_on_the_projection_are_called() -> None:
     layer, seen = layer_of(), []
     layer.qkv.register_full_backward_hook(lambda *args: seen.append(args))
-    layer(tokens_of(), (4, 5)).sum().backward()
+    layer(tokens_of().requires_grad_(), (4, 5)).sum().backward()
     assert len(seen) == 1
 
 
