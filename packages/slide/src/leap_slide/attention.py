@@ -199,13 +199,14 @@ class SlideAttention(nn.Module):
         `hw` is height and width of the tokens' map; without it a square is meant.
         """
         check_backend(self.backend, x.device)
-        hw = self._size_of(x, hw)
+        hw = self.size_of(x, hw)
         tokens = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
         attended = self.attended(*self.projected(tokens, hw)).flatten(1, 2).flatten(2)
         out: Tensor = self.proj_drop(self.proj(attended.transpose(1, 2)))
         return out.transpose(1, 2).reshape(x.shape) if x.ndim == 4 else out
 
-    def _size_of(self, x: Tensor, hw: Size | None) -> Size:
+    def size_of(self, x: Tensor, hw: Size | None) -> Size:
+        """Height and width of the map that an input is of; a UserError where it does not fit."""
         given = f"input of shape {tuple(x.shape)} and type {x.dtype}"
         channels = x.shape[1 if x.ndim == 4 else -1] if x.ndim in (3, 4) else None
         if channels != self.dim or not x.is_floating_point():

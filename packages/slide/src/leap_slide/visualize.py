@@ -118,7 +118,7 @@ def layer_input(
     if not calls:
         raise UserError(f"block {name} is not run by the model, perhaps as later stages are not: choose another")
     x, hw = calls[0]
-    hw = layer._size_of(x, hw)
+    hw = layer.size_of(x, hw)
     return name, layer, x.flatten(2).transpose(1, 2) if x.ndim == 4 else x, hw
 
 
@@ -147,7 +147,7 @@ def attention_of(layer: SlideAttention, tokens: Tokens, hw: Size, item: int = 0,
         table = layer.relative_position_bias_table
         position = None if table is None else table.to(wide).reshape(layer.num_heads, -1)
         options = (layer.scale, layer.rpb_on == "logits", layer.mask_padding)
-        share = reference._attention(query.to(wide), key, weight, bias[..., 0], position, *options)[0]
+        share = reference.shares(query.to(wide), key, weight, bias[..., 0], position, *options)[0]
         mean = (values or keys)[0].to(wide).reshape(layer.head_dim, side**2, side, side).mean(0)
         kernel = torch.einsum("hiyx,ist->hstyx", share, mean)
     if not (share.isfinite().all() and kernel.isfinite().all()):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from leap_slide.ops.reference import inside, side_of, widest
 
-__all__ = ["Kernels", "Plan", "Strip", "Tables", "add_scores", "forward", "joined", "like", "mix"]
+__all__ = ["Kernels", "Plan", "Strip", "Tables", "add_scores", "chosen", "forward", "mix", "put"]
 __all__ += ["scratch", "shares"]
 
 AROUND = ("key", "value")  # memory that taps reach around
@@ -42,18 +42,23 @@ def scratch(name: str, like: Tensor, *shape: int) -> Tensor:
     return found[:count].view(shape)
 
 
-def joined(x: Tensor) -> Tensor:
-    """Batch and heads as one dimension: a view where memory allows it."""
-    return x.flatten(0, 1)
+def chosen(x: Tensor, maps: slice) -> Tensor:
+    """Some of the batch * heads maps of `x`, as one dimension: a view where they are of one image."""
+    heads = x.shape[1]
+    first, last = maps.start // heads, -(-maps.stop // heads)
+    images = x[first] if last - first == 1 else x[first:last].flatten(0, 1)
+    return images[maps.start - first * heads : maps.stop - first * heads]
 
 
-def like(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """An output in the memory order of `x`, and where to write it as maps of one dimension: it, or a buffer."""
-    out = torch.empty_like(x)
-    maps = joined(out)
-    if maps.data_ptr() != out.data_ptr() or dtype != x.dtype:
-        maps = torch.empty(maps.shape, dtype=dtype)
-    return out, maps
+def put(out: Tensor, maps: slice, rows: slice, values: Tensor, add: bool = False) -> None:
+    """Write `values` (maps, channels, rows, width) to some of the batch * heads maps of `out`, or add them."""
+    heads, done = out.shape[1], 0
+    while done < len(values):
+        image, head = divmod(maps.start + done, heads)
+        count = min(heads - head, len(values) - done)
+        target, part = out[image, head : head + count, :, rows], values[done : done + count]
+        target.add_(part) if add else target.copy_(part)
+        done += count
 
 
 def _share(total: int, most: int) -> int:
@@ -179,13 +184,13 @@ class Plan:
         """A strip of keys or values and what is around it, flat, in the dtype of `wide`."""
         shown, place = self.rows_around(strip)
         target, flat = self.memory(name, wide, self.dim, strip, place)
-        target.copy_(x[strip.maps, :, shown].transpose(0, 1))
+        target.copy_(chosen(x, strip.maps)[:, :, shown].transpose(0, 1))
         return flat
 
     def spread(self, name: str, x: Tensor, wide: Tensor, strip: Strip, scale: float = 1.0) -> Tensor:
         """A strip of queries, or of anything else by pixel, flat; zeros in places that are no pixel."""
-        target, flat = self.memory(name, wide, x.shape[1], strip, slice(0, strip.height))
-        part = x[strip.maps, :, strip.rows].transpose(0, 1)
+        target, flat = self.memory(name, wide, x.shape[2], strip, slice(0, strip.height))
+        part = chosen(x, strip.maps)[:, :, strip.rows].transpose(0, 1)
         if scale == 1.0:
             target.copy_(part)
         elif part.dtype == target.dtype:
@@ -256,15 +261,13 @@ def forward(
     numbers = (plan.batch * plan.heads, scale, on_logits, masked, widest(query.dtype))
     tables = Tables(key_weight, key_bias, value_weight, value_bias, position, *numbers)
     wide = tables.key.bias
-    out, maps = like(query, wide.dtype)
-    queries, keys, values = joined(query), joined(key), joined(value)
-    kept = None if keep is None else joined(keep)
+    out = torch.empty_like(query)
     for strip in plan.strips():
-        flat = plan.spread("query", queries, wide, strip, scale)
-        share = shares(plan, tables, strip, flat, plan.around("key", keys, wide, strip))
-        if kept is not None:
-            share *= plan.spread("keep", kept, wide, strip)
+        flat = plan.spread("query", query, wide, strip, scale)
+        share = shares(plan, tables, strip, flat, plan.around("key", key, wide, strip))
+        if keep is not None:
+            share *= plan.spread("keep", keep, wide, strip)
         mixed = scratch("mixed", wide, plan.dim, flat.shape[1])
-        mix(share, plan.around("value", values, wide, strip), tables.value, plan, mixed)
-        maps[strip.maps, :, strip.rows] = plan.gathered(mixed, strip)
-    return out if maps.data_ptr() == out.data_ptr() else out.copy_(maps.view(out.shape))
+        mix(share, plan.around("value", value, wide, strip), tables.value, plan, mixed)
+        put(out, strip.maps, strip.rows, plan.gathered(mixed, strip))
+    return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leap_slide.ops.cpu import Kernels, Plan, Strip, Tables, add_scores, joined, like, scratch, shares
+from leap_slide.ops.cpu import Kernels, Plan, Strip, Tables, add_scores, put, scratch, shares
 from leap_slide.ops.reference import widest
 
 __all__ = ["gradients"]
@@ -46,11 +46,11 @@ class _Sums:
                 taken.addcmul_(product, other[:, neighbours])
 
 
-def _add_to_maps(plan: Plan, flat: Tensor, maps: Tensor, strip: Strip) -> None:
+def _add_to_maps(plan: Plan, flat: Tensor, out: Tensor, strip: Strip) -> None:
     (shown, place), columns = plan.rows_around(strip), plan.columns("key")
     shape = (strip.count, strip.height + 2 * plan.radius, plan.row)
     image = flat[:, : shape[0] * shape[1] * shape[2]].view(-1, *shape)
-    maps[strip.maps, :, shown] += image[:, :, place, columns].transpose(0, 1)
+    put(out, strip.maps, shown, image[:, :, place, columns].transpose(0, 1), add=True)
 
 
 def gradients(
@@ -74,24 +74,20 @@ def gradients(
     numbers = (plan.batch * plan.heads, scale, on_logits, masked, widest(query.dtype))
     tables = Tables(key_weight, key_bias, value_weight, value_bias, position, *numbers)
     wide = tables.key.bias
-    outputs = [like(x, wide.dtype) for x in (query, key, value)]
-    of_query, of_key, of_value = (maps for _, maps in outputs)
-    of_key.zero_()
-    of_value.zero_()
-    queries, keys, values, outer = (joined(x) for x in (query, key, value, gradient))
-    kept = None if keep is None else joined(keep)
+    of_query = torch.empty_like(query)
+    of_key, of_value = (torch.zeros_like(x, dtype=wide.dtype) for x in (key, value))
     keys_sums = _Sums(tables.key)
     values_sums = keys_sums if tables.value is tables.key else _Sums(tables.value)
     of_position = wide.new_zeros(0 if tables.position is None else tables.position.shape)  # (slots, maps)
     for strip in plan.strips():
-        q, k = plan.spread("query", queries, wide, strip, scale), plan.around("key", keys, wide, strip)
-        g, v = plan.spread("gradient", outer, wide, strip), plan.around("value", values, wide, strip)
+        q, k = plan.spread("query", query, wide, strip, scale), plan.around("key", key, wide, strip)
+        g, v = plan.spread("gradient", gradient, wide, strip), plan.around("value", value, wide, strip)
         plain = shares(plan, tables, strip, q, k)
         of_share = torch.mm(tables.value.bias.t(), g, out=scratch("of_share", wide, *plain.shape))
         add_scores(g, v, tables.value, plan, of_share)
         share = plain
-        if kept is not None:
-            dropped = plan.spread("keep", kept, wide, strip)
+        if keep is not None:
+            dropped = plan.spread("keep", keep, wide, strip)
             of_share *= dropped
             share = torch.mul(plain, dropped, out=scratch("share", wide, *plain.shape))
         sent = scratch("sent", wide, *v.shape).zero_()
@@ -112,10 +108,7 @@ def gradients(
                 taken += torch.einsum("imp,im->mp", apart, tables.position[:, strip.maps]).flatten()
             of_position[:, strip.maps] += added
         taken *= scale
-        of_query[strip.maps, :, strip.rows] = plan.gathered(taken, strip)
-    for out, maps in outputs:
-        if maps.data_ptr() != out.data_ptr():
-            out.copy_(maps.view(out.shape))
+        put(of_query, strip.maps, strip.rows, plan.gathered(taken, strip))
     found = [keys_sums.weight.permute(2, 1, 0).contiguous(), keys_sums.bias.t().contiguous()]
     if values_sums is keys_sums:
         found += [wide.new_zeros(0), wide.new_zeros(0)]
@@ -123,4 +116,4 @@ def gradients(
         found += [values_sums.weight.permute(2, 1, 0).contiguous(), values_sums.bias.t().contiguous()]
     if tables.position is not None:
         of_position = of_position.view(len(of_position), plan.batch, plan.heads).sum(1).t().contiguous()
-    return *(out for out, _ in outputs), *found, of_position
+    return of_query, of_key.to(key.dtype), of_value.to(value.dtype), *found, of_position

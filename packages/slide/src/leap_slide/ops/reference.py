@@ -15,7 +15,20 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["Bias", "Maps", "Padded", "Slots", "Taps", "forward", "gradients", "inside", "pad", "side_of", "widest"]
+__all__ = [
+    "Bias",
+    "Maps",
+    "Padded",
+    "Slots",
+    "Taps",
+    "forward",
+    "gradients",
+    "inside",
+    "pad",
+    "shares",
+    "side_of",
+    "widest",
+]
 
 Maps = Float[Tensor, "batch heads dim height width"]
 Padded = Float[Tensor, "batch heads dim padded_height padded_width"]
@@ -92,7 +105,7 @@ def _mix(share: Slots, value: Padded, weight: Taps, bias: Bias) -> Maps:
     return out
 
 
-def _attention(
+def shares(
     query: Maps,
     key: Padded,
     weight: Taps,
@@ -144,7 +157,7 @@ def forward(
     )
     if not padded:
         key, value = (pad(x, side_of(key_weight) // 2) for x in (key, value))
-    share = _attention(query, key, key_weight, key_bias, position, scale, on_logits, masked)
+    share = shares(query, key, key_weight, key_bias, position, scale, on_logits, masked)
     if keep is not None:
         share = share * keep
     weight, bias = _of_values(key_weight, key_bias, value_weight, value_bias)
@@ -197,7 +210,7 @@ def gradients(
     if not padded:
         key, value = pad(key, radius), pad(value, radius)
     weight, bias = _of_values(key_weight, key_bias, value_weight, value_bias)
-    plain = _attention(query, key, key_weight, key_bias, position, scale, on_logits, masked)
+    plain = shares(query, key, key_weight, key_bias, position, scale, on_logits, masked)
     share = plain if keep is None else plain * keep
     of_share = _scores(gradient, value, weight, bias)
     if keep is not None:
