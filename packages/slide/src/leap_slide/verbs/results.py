@@ -15,7 +15,7 @@ __all__ = ["Demo", "Experiment"]
 class Demo(Command):
     """Train tiny transformers on digits with local attention and its rivals, and measure memory and time over k.
 
-    Writes section.html and its figures. Takes about eight minutes. Killed, it goes on from where it was when started
+    Writes section.html and its figures. Takes about ten minutes. Killed, it goes on from where it was when started
     again.
 
     Examples:
