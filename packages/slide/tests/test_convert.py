@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from timm.layers import Attention
+from timm.models import vision_transformer
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from tiny import FAMILIES, drawn, images, model
@@ -144,8 +144,8 @@ def near(size: tuple[int, int], radius: int) -> Tensor:
 
 
 SOURCES: dict[str, Any] = {
-    "ViT": lambda: Attention(12, num_heads=3, qkv_bias=True),
-    "ViT without bias": lambda: Attention(12, num_heads=3),
+    "ViT": lambda: vision_transformer.Attention(12, num_heads=3, qkv_bias=True),
+    "ViT without bias": lambda: vision_transformer.Attention(12, num_heads=3),
     "Swin": lambda: WindowAttention(12, num_heads=3, window_size=(5, 4)),
 }
 
@@ -288,7 +288,7 @@ def test_weights_for_another_image_size_start_a_model() -> None:
 @pytest.mark.parametrize("options", [{"dim_reduction": 2}, {"share_qkv": True}], ids=str)
 def test_projections_of_other_sizes_are_left(options: dict[str, Any]) -> None:
     layer = ls.SlideAttention(12, 3, **options)
-    told = from_swin(layer, Attention(12, num_heads=3, qkv_bias=True))
+    told = from_swin(layer, vision_transformer.Attention(12, num_heads=3, qkv_bias=True))
     assert {"qkv.weight", "qkv.bias"} <= set(told.left) & set(told.unused)
 
 
