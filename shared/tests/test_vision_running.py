@@ -21,7 +21,12 @@ from leap_shared.vision.official import Official
 from leap_shared.vision.recipes import Recipe
 
 RANKS = "import json, os; r = os.environ['RANK']; r == '0' and print(json.dumps([r, os.environ['WORLD_SIZE']]))"
-STARTS = "import sys; from leap_shared.vision.running import start_processes; start_processes(2, ['-c', sys.argv[1]])"
+STARTS = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be ignored where these tests run
+from leap_shared.vision.running import start_processes
+start_processes(2, ["-c", sys.argv[1]])
+"""
 WAITS = """
 import os, pathlib, time
 pathlib.Path(r"{folder}", str(os.getpid())).touch()
