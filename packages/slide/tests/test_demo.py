@@ -21,6 +21,7 @@ from leap_shared.vision.bodies import Site
 from leap_shared.vision.digits import Part, load, train
 from leap_slide import demo
 from leap_slide.attention import SlideAttention
+from leap_slide.contenders import MERGED, TWO_PATH, UNFOLD
 from leap_slide.demo import Settings
 from leap_slide.digits import ConvolutionMixer, DigitsViT, Recipe, WindowMixer, without_deformation
 from leap_slide.ops import cpu
@@ -131,15 +132,15 @@ def test_scratch_memory_counts_in_every_call() -> None:
 
 def test_two_paths_hold_copies_for_every_slot_and_ours_does_not() -> None:
     maps = {name: demo.extra_maps(call, 16) for name, call in demo._contenders(5, 16).items()}
-    assert maps["two paths"] > 4 * 25
-    assert maps[demo.OURS] < maps["unfold (fixed shifts)"] / 2
+    assert maps[TWO_PATH] > 4 * 25
+    assert maps[demo.OURS] < maps[UNFOLD] / 2
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_contenders_compute_the_same(kernel_size: int) -> None:
     calls = demo._contenders(kernel_size, 8)
-    expected = calls["two paths"]()
-    for name in ("merged", demo.OURS):
+    expected = calls[TWO_PATH]()
+    for name in (MERGED, demo.OURS):
         torch.testing.assert_close(calls[name](), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -255,7 +256,7 @@ def test_quick_demo_writes_its_section_and_repeats_its_numbers(
         assert run("demo", "--quick", "--json", "--out", str(tmp_path / name)) == 0
         results.append(json.loads(capsys.readouterr().out))
     costs = [result.pop("costs") for result in results]
-    assert all(result["notes"].pop().startswith("Time at k = 3, 5, 7: two paths") for result in results)
+    assert all(result["notes"].pop().startswith(f"Time at k = 3, 5, 7: {TWO_PATH}") for result in results)
     assert results[0] == results[1]
     assert costs[0]["memory_maps"] == costs[1]["memory_maps"]
     assert costs[0]["ms"].keys() == costs[0]["memory_maps"].keys()

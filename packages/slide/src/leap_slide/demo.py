@@ -24,8 +24,9 @@ from leap_shared.vision.bodies import Block
 from leap_shared.vision.digits import SIDE, accuracy, load, train
 from leap_slide import figures, peers
 from leap_slide.attention import SlideAttention
+from leap_slide.contenders import Operands, Shape
 from leap_slide.digits import ARMS, DigitsViT, Recipe
-from leap_slide.functional import check_kernel_size, slide_attention
+from leap_slide.functional import check_kernel_size
 
 __all__ = ["Settings", "extra_maps", "growth", "merging_error", "run", "table"]
 
@@ -132,22 +133,10 @@ def merging_error(model: DigitsViT, pixels: Float[Tensor, "images tokens 1"]) ->
 
 def _contenders(kernel_size: int, side: int) -> dict[str, Callable[[], Tensor]]:
     """The attention between projections of one image, by the names of the implementations, ours last."""
-    generator = torch.Generator().manual_seed(kernel_size)
-    q, k, v = torch.randn(3, 1, side, side, MAP_DIM, generator=generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(kernel_size)
-        two_paths = SlideAttention(MAP_DIM, MAP_HEADS, kernel_size).requires_grad_(False)
-    merged = copy.deepcopy(two_paths)
-    merged.reparameterize()
-    kernels = (*merged.kernels()[0], merged.relative_position_bias_table)
-    options: dict[str, Any] = {"num_heads": MAP_HEADS, "kernel_size": kernel_size, "backend": "gemm"}
-    calls = {
-        "two paths": partial(peers.EagerAttention(two_paths).attended, q, k, v),
-        "merged": partial(peers.EagerAttention(merged).attended, q, k, v),
-        "unfold (fixed shifts)": partial(peers.unfold, q, k, v, MAP_HEADS, kernel_size),
-        OURS: partial(slide_attention, q, k, v, *kernels, **options),
-    }
-    return {name: partial(infer, call) for name, call in calls.items()}
+    shape = Shape(1, side, side, MAP_DIM, MAP_HEADS, kernel_size)
+    operands = Operands(shape, torch.device("cpu"), seed=kernel_size)
+    cores = {**operands.formulas(), OURS: operands.ours()}
+    return {name: partial(infer, core.function) for name, core in cores.items()}
 
 
 def extra_maps(call: Callable[[], Tensor], side: int) -> float:

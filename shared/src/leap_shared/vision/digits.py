@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from leap_shared.cli import Command
 from leap_shared.errors import UserError
 from leap_shared.vision.bodies import AttentionFactory, Block, Site
 from leap_shared.vision.bodies.grids import Number
 
-__all__ = ["CLASSES", "SIDE", "Digits", "DigitsViT", "Part", "Recipe", "accuracy", "load", "train"]
+__all__ = ["CLASSES", "SIDE", "Digits", "DigitsExperiment", "DigitsViT", "Part", "Recipe", "accuracy", "load", "train"]
 
 SIDE, CLASSES, TRAIN_ROWS = 8, 10, 1200
 PIXEL_MEAN, PIXEL_STD = 4.88, 6.02  # of the images, whose pixels are 0 to 16
@@ -148,3 +149,40 @@ def accuracy(model: DigitsViT, part: Part) -> float:
     """Share of the images that the model classifies rightly, in percent."""
     part = part.to(model.pos_embed.device)
     return 100 * float((model(part.pixels).argmax(1) == part.labels).double().mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsExperiment(Command):
+    """Base of a verb that runs an experiment on digits with other numbers than the demo's."""
+
+    seeds: int
+    """How many seeds, each with its own split, weights and batches; the first is --seed."""
+    epochs: int = 20
+    """Passes over the 1200 images."""
+    batch_size: int = 64
+    """Images of an update."""
+    learning_rate: float = 6e-3
+    """Peak of the one-cycle schedule."""
+    weight_decay: float = 0.05
+    """Of AdamW."""
+    dim: int = 32
+    """Channels."""
+    heads: int = 4
+    """Heads."""
+    depth: int = 2
+    """Blocks."""
+    threads: int = 1
+    """Threads of PyTorch while training; other numbers round differently, which changes a run as another seed does."""
+
+    def numbers(self) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """The seeds, and what a `Recipe` takes; sets the number of threads.
+
+        Raises:
+            UserError: the number of threads is not positive.
+        """
+        if self.threads < 1:
+            raise UserError(f"threads is {self.threads}: give 1 or more")
+        torch.set_num_threads(self.threads)
+        names = ("epochs", "batch_size", "learning_rate", "weight_decay", "dim", "depth")
+        recipe = {name: getattr(self, name) for name in names} | {"num_heads": self.heads}
+        return tuple(range(self.seed, self.seed + self.seeds)), recipe

@@ -27,7 +27,7 @@ from leap_shared.vision.recipes import Protocol, Recipe
 from leap_shared.vision.sources import open_source
 from leap_shared.vision.training import Trainer
 
-__all__ = ["Evaluation", "Training", "start_processes"]
+__all__ = ["Converting", "Evaluation", "Training", "start_processes"]
 
 VALIDATION = ("val", "validation", "valid", "test")
 
@@ -38,6 +38,20 @@ def _part(data: str, *names: str) -> str | None:
     if not any((root / name).is_dir() for name in ("train", *VALIDATION)):
         return data
     return next((str(root / name) for name in names if (root / name).is_dir()), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converting(Command):
+    """Base of a verb that makes another file of a checkpoint."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A .pth in the authors' layout, or a .safetensors."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """File to write, .safetensors or .pth."""
+    ema: bool = False
+    """Take the moving average of the weights."""
+    verify: bool = True
+    """Read the written file again and compare tensors and logits."""
 
 
 @dataclass(frozen=True, kw_only=True)

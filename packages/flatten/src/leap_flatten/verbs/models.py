@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from leap_shared.cli import Command, Context
 from leap_shared.cli.output import installation
+from leap_shared.vision.running import Converting
 
 __all__ = ["Convert", "Info", "List"]
 
@@ -101,7 +101,7 @@ def _softmax(block: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(Command):
+class Convert(Converting):
     """Bring weights into another file: .safetensors, or .pth in the authors' envelope; bit by bit, and verified.
 
     Nothing in the file that is read is executed.
@@ -111,15 +111,6 @@ class Convert(Command):
         leap-flatten convert flatten_cswin_t.pth ema.safetensors --ema
         leap-flatten convert ema.safetensors ema.pth
     """
-
-    source: Annotated[Path, tyro.conf.Positional]
-    """The authors' .pth, or a .safetensors."""
-    target: Annotated[Path, tyro.conf.Positional]
-    """File to write, .safetensors or .pth."""
-    ema: bool = False
-    """Take the moving average of the weights."""
-    verify: bool = True
-    """Read the written file again and compare tensors and logits."""
 
     def run(self, context: Context) -> object:  # noqa: ARG002 - the interface of every verb
         """Convert, and say whose weights they are."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from leap_shared.cli import Command, Context
 from leap_shared.errors import UserError
+from leap_shared.vision.digits import DigitsExperiment
 
 __all__ = ["Demo", "Experiment"]
 
@@ -43,7 +44,7 @@ class Demo(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment(Command):
+class Experiment(DigitsExperiment):
     """The demo's experiment with other sizes, arms and training; killed, it goes on, and more seeds join it.
 
     Examples:
@@ -59,52 +60,20 @@ class Experiment(Command):
     )
     """What is trained; linear and focus-dwc, which the claim compares, must be among them."""
     seeds: int = 8
-    """How many seeds, each with its own split, weights and batches; the first is --seed."""
-    epochs: int = 20
-    """Passes over the 1200 images."""
-    batch_size: int = 64
-    """Images of an update."""
-    learning_rate: float = 6e-3
-    """Peak of the one-cycle schedule."""
-    weight_decay: float = 0.05
-    """Of AdamW."""
-    dim: int = 32
-    """Channels."""
-    heads: int = 4
-    """Heads."""
-    depth: int = 2
-    """Blocks."""
     p: float = 3.0
     """Focusing factor of the arms with focus."""
     kernel_size: int = 5
     """Side of the depthwise convolution."""
     latency: bool = True
     """Whether to time the layers over the number of tokens."""
-    threads: int = 1
-    """Threads of PyTorch while training; other numbers round differently, which changes a run as another seed does."""
 
     def run(self, context: Context) -> object:
         """Run the experiment."""
-        import torch
-
         from leap_flatten import demo
         from leap_flatten.digits import Recipe
 
-        if self.threads < 1:
-            raise UserError(f"threads is {self.threads}: give 1 or more")
-        torch.set_num_threads(self.threads)
-        recipe = Recipe(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            dim=self.dim,
-            num_heads=self.heads,
-            depth=self.depth,
-            focusing_factor=self.p,
-            kernel_size=self.kernel_size,
-        )
-        seeds = tuple(range(self.seed, self.seed + self.seeds))
+        seeds, numbers = self.numbers()
+        recipe = Recipe(**numbers, focusing_factor=self.p, kernel_size=self.kernel_size)
         sides = demo.SIDES if self.latency else ()
         settings = demo.Settings(seeds=seeds, arms=self.arms, recipe=recipe, sides=sides)
         result = demo.run(settings, context)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from leap_shared.cli import Command, Context
 from leap_shared.cli.output import installation
+from leap_shared.vision.running import Converting
 
 __all__ = ["Convert", "Info", "List", "Reparam"]
 
@@ -98,22 +98,13 @@ def _attention(block: Any, side: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reparam(Command):
+class Reparam(Converting):
     """Make one convolution of the two paths in a file of trained weights, which cannot be undone: a deploy file.
 
     Examples:
         leap-slide reparam runs/swin/best.safetensors deploy.safetensors
         leap-slide reparam ckpt_epoch_299.pth deploy.safetensors --ema
     """
-
-    source: Annotated[Path, tyro.conf.Positional]
-    """A .pth in the layout of the authors' training code, or a .safetensors."""
-    target: Annotated[Path, tyro.conf.Positional]
-    """File to write, .safetensors or .pth."""
-    ema: bool = False
-    """Take the moving average of the weights."""
-    verify: bool = True
-    """Read the written file again and compare tensors and logits."""
 
     def run(self, context: Context) -> object:  # noqa: ARG002 - the interface of every verb
         """Merge, and say whose weights they are."""
@@ -123,7 +114,7 @@ class Reparam(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(Command):
+class Convert(Converting):
     """Bring weights into another file: .safetensors, or .pth in the authors' envelope; bit by bit, and verified.
 
     Nothing in the file that is read is executed.
@@ -133,15 +124,6 @@ class Convert(Command):
         leap-slide convert ckpt_epoch_299.pth ema.safetensors --ema
         leap-slide convert ema.safetensors ema.pth
     """
-
-    source: Annotated[Path, tyro.conf.Positional]
-    """A .pth in the layout of the authors' training code, or a .safetensors."""
-    target: Annotated[Path, tyro.conf.Positional]
-    """File to write, .safetensors or .pth."""
-    ema: bool = False
-    """Take the moving average of the weights."""
-    verify: bool = True
-    """Read the written file again and compare tensors and logits."""
 
     def run(self, context: Context) -> object:  # noqa: ARG002 - the interface of every verb
         """Convert, and say whose weights they are."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from leap_shared.cli import Command, Context
 from leap_shared.errors import UserError
+from leap_shared.vision.digits import DigitsExperiment
 
 __all__ = ["Demo", "Experiment"]
 
@@ -44,7 +45,7 @@ class Demo(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment(Command):
+class Experiment(DigitsExperiment):
     """The demo's experiment with other sizes, arms and training; killed, it goes on, and more seeds join it.
 
     Examples:
@@ -55,52 +56,20 @@ class Experiment(Command):
     arms: tuple[Literal["conv", "windows", "fixed", "slide"], ...] = ("conv", "windows", "fixed", "slide")
     """What is trained; windows and slide, which the claim compares, must be among them."""
     seeds: int = 10
-    """How many seeds, each with its own split, weights and batches; the first is --seed."""
-    epochs: int = 20
-    """Passes over the 1200 images."""
-    batch_size: int = 64
-    """Images of an update."""
-    learning_rate: float = 6e-3
-    """Peak of the one-cycle schedule."""
-    weight_decay: float = 0.05
-    """Of AdamW."""
-    dim: int = 32
-    """Channels."""
-    heads: int = 4
-    """Heads."""
-    depth: int = 2
-    """Blocks."""
     kernel_size: int = 3
     """k of the convolution, of the fixed shifts and of slide attention, odd."""
     window: int = 4
     """Side of the windows, a divisor of 8."""
     costs: bool = True
     """Whether to measure memory and time for k = 3, 5, 7."""
-    threads: int = 1
-    """Threads of PyTorch while training; other numbers round differently, which changes a run as another seed does."""
 
     def run(self, context: Context) -> object:
         """Run the experiment."""
-        import torch
-
         from leap_slide import demo
         from leap_slide.digits import Recipe
 
-        if self.threads < 1:
-            raise UserError(f"threads is {self.threads}: give 1 or more")
-        torch.set_num_threads(self.threads)
-        recipe = Recipe(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            dim=self.dim,
-            num_heads=self.heads,
-            depth=self.depth,
-            kernel_size=self.kernel_size,
-            window=self.window,
-        )
-        seeds = tuple(range(self.seed, self.seed + self.seeds))
+        seeds, numbers = self.numbers()
+        recipe = Recipe(**numbers, kernel_size=self.kernel_size, window=self.window)
         kernel_sizes = demo.KERNEL_SIZES if self.costs else ()
         settings = demo.Settings(seeds=seeds, arms=self.arms, recipe=recipe, kernel_sizes=kernel_sizes)
         result = demo.run(settings, context)
