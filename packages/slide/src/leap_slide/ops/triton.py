@@ -24,7 +24,7 @@ from torch import Tensor
 from leap_slide.ops.reference import side_of
 
 __all__ = ["Plan", "attention", "ceil", "forward", "head_of", "kernels_of", "mix", "pointers", "refusal", "scores"]
-__all__ += ["table_of", "unit_of"]
+__all__ += ["shifted", "table_of", "unit_of"]
 
 LARGEST_HEAD = 128  # channels: with the tiles of 32 pixels that then fit, what the registers of a program hold
 LARGEST_SIDE = 7  # a side more, and slots would take 128 columns of every product
@@ -117,6 +117,15 @@ def pointers(x, row, column, channel, step, row_step, column_step):
 
 @triton.jit
 @no_type_check
+def shifted(at, down, right, row, column, there, valid, height, width, row_step, column_step):
+    """Numbers (pixels, channels) that are so many rows and columns from those at `at`; zeros outside of the map."""
+    near = there & (row >= -down) & (row < height - down) & (column >= -right) & (column < width - right)
+    used = near[:, None] & valid[None, :]
+    return tl.load(at + (down * row_step + right * column_step), mask=used, other=0.0).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
 def kernels_of(table, channels: tl.constexpr, slots: tl.constexpr):
     """Where the kernels (channels, slots) of the first tap are."""
     return table + tl.arange(0, channels)[:, None] * slots + tl.arange(0, slots)[None, :]
@@ -153,9 +162,7 @@ def scores(
     total = tl.dot(source, tl.load(kernels + side * side * channels * slots), input_precision=precision)
     for tap in range(side * side):
         down, right = tap // side - shift, tap % side - shift
-        near = there & (row >= -down) & (row < height - down) & (column >= -right) & (column < width - right)
-        used = near[:, None] & valid[None, :]
-        neighbour = tl.load(at + (down * row_step + right * column_step), mask=used, other=0.0).to(tl.float32)
+        neighbour = shifted(at, down, right, row, column, there, valid, height, width, row_step, column_step)
         total = tl.dot(source * neighbour, tl.load(kernels), total, input_precision=precision)
         kernels += channels * slots
     return total
@@ -189,9 +196,7 @@ def mix(
     total = tl.dot(share, tl.trans(tl.load(kernels + side * side * channels * slots)), input_precision=precision)
     for tap in range(side * side):
         down, right = tap // side - shift, tap % side - shift
-        near = there & (row >= -down) & (row < height - down) & (column >= -right) & (column < width - right)
-        used = near[:, None] & valid[None, :]
-        neighbour = tl.load(at + (down * row_step + right * column_step), mask=used, other=0.0).to(tl.float32)
+        neighbour = shifted(at, down, right, row, column, there, valid, height, width, row_step, column_step)
         total += neighbour * tl.dot(share, tl.trans(tl.load(kernels)), input_precision=precision)
         kernels += channels * slots
     return total

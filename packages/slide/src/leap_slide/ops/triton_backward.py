@@ -26,6 +26,7 @@ from leap_slide.ops.triton import (
     mix,
     pointers,
     scores,
+    shifted,
     table_of,
     unit_of,
 )
@@ -238,11 +239,8 @@ def _collect(
     for tap in range(side * side):
         # The pixel that meets this one at the tap is as far on the other side as the one that this one meets.
         down, right = shift - tap // side, shift - tap % side
-        near = there & (row >= -down) & (row < height - down) & (column >= -right) & (column < width - right)
-        at, used = sources + (down * source_row + right * source_column), near[:, None] & valid[None, :]
-        x = tl.load(at, mask=used, other=0.0).to(tl.float32)
-        at, used = shares + (down * width + right), near[:, None] & real[None, :]
-        share = tl.load(at, mask=used, other=0.0).to(tl.float32)
+        x = shifted(sources, down, right, row, column, there, valid, height, width, source_row, source_column)
+        share = shifted(shares, down, right, row, column, there, real, height, width, width, 1)
         total += x * tl.dot(share, tl.trans(tl.load(kernels)), input_precision=precision)
         kernels += channels * slots
     at = pointers(out + image * out_batch + head * out_head, row, column, channel, out_channel, out_row, out_column)
