@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -516,6 +517,77 @@ def test_stages_change_batches_and_sizes_and_resume_to_the_same_bits(tmp_path):
     assert whole.update == 6 + 4 + 4
     for stop_at in (6, 13):
         assert_same_bits(weights(staged(stop_at, tmp_path / f"{stop_at}")), weights(whole))
+
+
+class Tally:
+    """Something with a state that a run keeps."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def streamed(folder: Path, updates: int | None = None) -> tuple[Trainer, Tally, list[tuple[int, int]]]:
+    """Epochs of other lengths, whose batches come from elsewhere."""
+    tally, asked = Tally(), []
+
+    def stream(trainer):
+        asked.append((trainer.epoch, trainer.done))
+        for number in range(trainer.done, trainer.lengths[trainer.epoch]):
+            if tally.count == updates:
+                raise Stopped
+            tally.count += 1
+            generator = torch.Generator().manual_seed(10 * trainer.epoch + number)
+            yield torch.rand(4, 3, 8, 8, generator=generator), torch.arange(4) % 3
+
+    trainer = Trainer(
+        settings(folder, epochs=50, save_updates=1),
+        folder / "out",
+        device="cpu",
+        model=small(dropout=0.5),
+        lengths=(3, 1, 4),
+        stream=stream,
+        parts={"tally": tally},
+    )
+    try:
+        trainer.train()
+    except Stopped:
+        pass
+    return trainer, tally, asked
+
+
+def test_batches_may_come_from_elsewhere_in_epochs_of_any_length(tmp_path):
+    trainer, tally, asked = streamed(tmp_path)
+    assert (trainer.update, tally.count, asked) == (8, 8, [(0, 0), (1, 0), (2, 0)])
+
+
+def test_a_stream_goes_on_where_it_was_and_parts_keep_their_state(tmp_path):
+    whole, _, _ = streamed(tmp_path / "whole")
+    streamed(tmp_path / "killed", updates=6)
+    again, tally, asked = streamed(tmp_path / "killed")
+    assert asked == [(2, 2)]
+    assert tally.count == 8
+    assert_same_bits(weights(again), weights(whole))
+
+
+def test_another_model_may_validate_in_place_of_the_one_that_learns(tmp_path):
+    config = settings(tmp_path, epochs=1)
+    config = replace(config, data=replace(config.data, validation=config.data.train))
+
+    def shifted(model):
+        twin = copy.deepcopy(model)
+        twin.head[2].bias.data[1] += 1e4
+        return twin
+
+    trainer = Trainer(config, tmp_path / "out", device="cpu", model=small(), for_validation=shifted)
+    trainer.train()
+    ones = sum(label == 1 for _, label in trainer.validation_data) / len(trainer.validation_data)
+    assert trainer.metrics["weights"]["top1"] == pytest.approx(100 * ones)
 
 
 def test_progress_is_reported_to_the_end(tmp_path):

@@ -54,7 +54,11 @@ class Learner:
         self.optimiser = optimisation.build_optimiser(groups, settings, settings.lr * self.scale)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.ema = ModelEmaV3(model, settings.ema_decay) if settings.ema_decay is not None else None
-        self.wrapped = accelerator.prepare_model(model, device_placement=False)
+        self.wrap()
+
+    def wrap(self) -> None:
+        """Share gradients between the processes; to be called again where parameters have changed their shapes."""
+        self.wrapped = self.accelerator.prepare_model(self.model, device_placement=False)
 
     @property
     def models(self) -> dict[str, nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,10 @@ class Trainer:
         learning_rate: rate of this trainer's next update, as it is used; timm's schedule unless given.
         augment: takes the place of timm's training transform.
         on_epoch_start: called with the epoch and this trainer.
+        lengths: updates of each epoch, in place of `config.epochs` epochs of as many updates as the pictures fill.
+        stream: gives the micro-batches of this trainer's `epoch`, from its update `done` on, in place of its loader.
+        for_validation: gives what validates in place of one of the models, as a copy for another size of pictures.
+        parts: more that has `state_dict` and `load_state_dict`, by name, and is kept with the checkpoints.
         reporter: shows progress: a `leap_shared.cli.Context`, or what has such `progress` and `log`.
 
     Raises:
@@ -80,6 +84,10 @@ class Trainer:
         learning_rate: Callable[[Trainer], float] | None = None,
         augment: data.Transform | None = None,
         on_epoch_start: Callable[[int, Trainer], None] | None = None,
+        lengths: Sequence[int] | None = None,
+        stream: Callable[[Trainer], Iterator[data.Batch]] | None = None,
+        for_validation: Callable[[nn.Module], nn.Module] | None = None,
+        parts: Mapping[str, Any] | None = None,
         reporter: Any = None,
     ) -> None:
         self.config, self.out = config, files.ensure_folder(out)
@@ -106,10 +114,12 @@ class Trainer:
         self.model, self.num_classes = model.to(self.device), outputs
         self.train_transform = augment or data.build_transform(where, config.augmentation)
         self.epoch = self.done = self.update = 0
-        self.updates = self._order().updates
+        self.lengths, self.stream, self.for_validation, self.more = lengths, stream, for_validation, dict(parts or {})
+        self.updates = self._updates()
         parameters = groups(self.model) if groups else optimisation.parameter_groups(self.model, config.optimiser)
         self.learner = Learner(self.model, config, self.accelerator, outputs, parameters, loss_fn)
         self.schedule = optimisation.Schedule(self.learner.optimiser, config, self.updates, self.learner.scale)
+        self.epochs = self.schedule.epochs if lengths is None else len(lengths)
         self.predict, self.learning_rate, self.on_epoch_start = predict, learning_rate, on_epoch_start
         self.checkpoints = CheckpointFolder(self.out / "checkpoints", config.keep_checkpoints)
         self.reporter = reporter if self.is_main else None
@@ -129,7 +139,7 @@ class Trainer:
                 checkpoints are those of a run with other settings.
         """
         step = self.checkpoints.restore({"trainer": self}) or 0
-        total = self.config.updates or self.schedule.epochs * self.updates
+        total = self.config.updates or sum(self.lengths or [self.epochs * self.updates])
         bar = self.reporter.progress(description="train", total=total) if self.reporter else None
         if bar is not None:
             bar.advance(step)
@@ -138,7 +148,7 @@ class Trainer:
             if self.is_main:
                 self._log = MetricLog(self.out, step, tensorboard=self.config.tensorboard)
                 stack.callback(self._log.close)
-            for epoch in range(self.epoch, self.schedule.epochs):
+            for epoch in range(self.epoch, self.epochs):
                 if epoch != self._entered:
                     self._enter(epoch, 0)
                 if self.done < self.updates and not self._is_over():
@@ -163,12 +173,13 @@ class Trainer:
         for model in self.learner.models.values() if self.world > 1 else ():
             distribute_bn(model, self.world)
         options: dict[str, Any] = {"amp": self.learner.dtype, "predict": self.predict}
-        return {name: evaluate(model, loader, **options) for name, model in self.learner.models.items()}
+        models, chosen = self.learner.models, self.for_validation or (lambda model: model)
+        return {name: evaluate(chosen(model), loader, **options) for name, model in models.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on."""
         own = {name: getattr(self, name) for name in ("epoch", "done", "update", "metrics", "best")}
-        return own | {"run": self._run()} | {name: part.state_dict() for name, part in self.learner.parts.items()}
+        return own | {"run": self._run()} | {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the state was taken."""
@@ -178,8 +189,12 @@ class Trainer:
         odd = [f"{name} is {run[name]}, was {saved.get(name)}" for name in run if run[name] != saved.get(name)]
         if odd:
             raise UserError(f"{'; '.join(odd)}: take the former settings or another folder")
-        for name, part in self.learner.parts.items():
+        for name, part in self._parts.items():
             part.load_state_dict(state[name])
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {**self.learner.parts, **self.more}
 
     def _run(self) -> dict[str, Any]:
         """What must not change while a run goes on; where the pictures lie may."""
@@ -198,15 +213,18 @@ class Trainer:
         self.epoch, self.done, self._entered = epoch, done, epoch
         if self.on_epoch_start is not None:
             self.on_epoch_start(epoch, self)
-        self.updates = self._order().updates
+        self.updates = self._updates()
+
+    def _updates(self) -> int:
+        """Updates of this epoch."""
+        return self._order().updates if self.lengths is None else self.lengths[self.epoch]
 
     def _is_over(self) -> bool:
         return self.config.updates is not None and self.update >= self.config.updates
 
     def _train_epoch(self, bar: Any) -> None:
         self.model.train()
-        pictures = data.Pictures(self.train_data, self.train_transform, self.num_classes, self.config.seed)
-        stream = data.batches(data.train_loader(pictures, self._order(), **self._loading()))
+        stream = self.stream(self) if self.stream is not None else self._loaded()
         self._since = time.perf_counter()
         while self.done < self.updates and not self._is_over():
             if self.learning_rate is None:
@@ -223,9 +241,13 @@ class Trainer:
             if self.config.save_updates and not self.update % self.config.save_updates and self.done < self.updates:
                 self._save()
 
+    def _loaded(self) -> Iterator[data.Batch]:
+        pictures = data.Pictures(self.train_data, self.train_transform, self.num_classes, self.config.seed)
+        return data.batches(data.train_loader(pictures, self._order(), **self._loading()))
+
     def _end_epoch(self) -> None:
         self._flush()
-        over = self._is_over() or self.epoch + 1 == self.schedule.epochs
+        over = self._is_over() or self.epoch + 1 == self.epochs
         if self.validation_data is not None and (over or (self.epoch + 1) % self.config.validation_epochs == 0):
             self.metrics = self.validate()
             for name, scores in self.metrics.items():
