@@ -208,12 +208,13 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
-    """Run every package's headline experiment and join them in report/index.html; `-- NAME` picks packages."""
-    names = pick(session, "demo")
+    """Run every package's headline experiment into report/index.html; `-- --quick` elsewhere, small; `-- NAME` some."""
+    names, quick = pick(session, "demo", "--quick"), "--quick" in session.posargs
+    report = Path(session.create_tmp()) / "report" if quick else Path(REPORT)
     session.install(*editable(*names))
     for name in names:
-        session.run(f"leap-{name}", "demo", "--out", f"{REPORT}/{name}")
-    session.run("leap-shared", "report", *(f"{REPORT}/{name}" for name in names), "--out", REPORT)
+        session.run(f"leap-{name}", "demo", "--out", str(report / name), *(["--quick"] if quick else []))
+    session.run("leap-shared", "report", *(str(report / name) for name in names), "--out", str(report))
 
 
 @nox.session(default=False)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import json
@@ -554,10 +555,8 @@ def streamed(folder: Path, updates: int | None = None) -> tuple[Trainer, Tally, 
         stream=stream,
         parts={"tally": tally},
     )
-    try:
+    with contextlib.suppress(Stopped):
         trainer.train()
-    except Stopped:
-        pass
     return trainer, tally, asked
 
 

@@ -286,5 +286,5 @@ def test_documents_that_are_wrong_say_where(old, new, text):
 
 
 def test_a_missing_document_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot read the curriculum .*none.yaml"):
+    with pytest.raises(UserError, match=r"cannot read the curriculum .*none\.yaml"):
         Curriculum.from_yaml(tmp_path / "none.yaml")

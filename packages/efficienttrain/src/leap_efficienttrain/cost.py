@@ -24,7 +24,7 @@ __all__ = ["Prediction", "StageCost", "gmac", "predict", "step_seconds"]
 
 
 def gmac(model: str | nn.Module, size: int) -> float:
-    """Multiply-adds in 10^9 of one picture of `size` x `size` pixels: convolutions and matrix products, no weights made.
+    """Multiply-adds in 10^9 of one square picture: convolutions and matrix products. No weights are made.
 
     Args:
         model: an official name or one of timm's, or a model, which stays as it is.
@@ -58,7 +58,7 @@ def _counted(model: nn.Module, size: int) -> float:
     # the counter knows matrix products, not every fused attention
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.eval()(picture)
-    return counter.get_total_flops() / 2 / 1e9
+    return float(counter.get_total_flops()) / 2 / 1e9
 
 
 def step_seconds(model: str, size: int, batch: int, device: torch.device, repeats: int = 3) -> float:

@@ -140,7 +140,7 @@ class Curriculum(CurriculumFields):
             samples: pictures of the training set; ImageNet-1K's unless given.
             world: processes.
             baseline_epochs: epochs of the ordinary training that it is compared with.
-            images_per_second: what the ordinary training reaches at the base size; the loader's demand is then absolute.
+            images_per_second: of the ordinary training at the base size; the loader's demand is then absolute.
             seconds: measured for one picture, by size, to predict time beside operations; see `cost.step_seconds`.
 
         Raises:

@@ -80,7 +80,7 @@ def read(source: str | Path, changes: Mapping[str, Any]) -> dict[str, Any]:
         if name not in ("stages", "lr"):
             _check_scalar(value, kinds[name], f"{where}: {name}")
     if unknown := changes.keys() - {entry.name for entry in fields(CurriculumFields)}:
-        name = sorted(unknown)[0]
+        name = min(unknown)
         raise UserError(f"unknown field {name!r}: {did_you_mean(name, known.values())}")
     return {**values, **changes}
 
@@ -96,9 +96,12 @@ def _text(source: str | Path) -> tuple[str, str]:
 
 def _check_scalar(value: object, kind: str, where: str) -> None:
     """Raise a UserError where a value is not of the field's annotated kind."""
-    expected, types = "a string", (str,)
-    if kind.startswith(("int", "Number")):
-        expected, types = ("a whole number", (int,)) if kind.startswith("int") else ("a number", (int, float))
+    prefixes: dict[str, tuple[str, tuple[type, ...]]] = {
+        "int": ("a whole number", (int,)),
+        "Number": ("a number", (int, float)),
+        "": ("a string", (str,)),
+    }
+    expected, types = next(found for prefix, found in prefixes.items() if kind.startswith(prefix))
     if isinstance(value, bool) or not isinstance(value, types):
         raise UserError(f"{where} is {value!r}: expected {expected}")
 

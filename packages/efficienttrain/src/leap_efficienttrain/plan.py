@@ -67,7 +67,7 @@ class State:
         first_step: updates of the stage before it; in passes where the size of the data is unknown.
         fraction: share of the data that it goes through.
         settings: the curriculum's learning rate.
-        rates: equivalent epochs, for the warm-up.
+        equivalent_epochs: of the curriculum.
     """
 
     leg: Leg
@@ -137,10 +137,9 @@ class State:
     def progress_at(self, step: Number = 0, steps: int | None = None) -> float:
         """Share of the training that is over before update `step` of this pass."""
         per_epoch = self._steps(steps)
-        before, total = self.first_step, self.leg.updates
-        if self.leg.updates is None:
-            before, total = before * per_epoch, self.leg.passes * per_epoch
-        inside = (before + step) / total if total else 0.0
+        known = self.leg.updates is not None
+        before = self.first_step if known else self.first_step * per_epoch
+        inside = (before + step) / (self.leg.updates or self.leg.passes * per_epoch)
         return self.leg.progress + (self.leg.progress_end - self.leg.progress) * inside
 
     def lr(self, step: Number = 0, steps: int | None = None) -> float:

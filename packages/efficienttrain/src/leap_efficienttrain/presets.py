@@ -45,7 +45,7 @@ def _iccv() -> Curriculum:
 
 
 def _progressive_v2() -> Curriculum:
-    """Four stages of equal epochs in which size and magnitude grow in step, as in EfficientNetV2's progressive learning."""
+    """Four stages of equal epochs in which size and magnitude grow together, after EfficientNetV2."""
     pairs = zip((96, 128, 192, 224), (3, 5, 7, 9), strict=True)
     return Curriculum(tuple(Stage(0.25, *pair) for pair in pairs), unit="epochs", name="progressive_v2")
 
@@ -94,6 +94,6 @@ def make(name: str, epochs: Number | None, base_size: int, *, replay: bool = Fal
         stages = tuple(replace(stage, replay=times, buffer=buffer) for stage, (times, buffer) in pairs)
         curriculum = replace(curriculum, stages=stages)
     if unknown := changes.keys() - {entry.name for entry in fields(Curriculum)}:
-        odd = sorted(unknown)[0]
+        odd = min(unknown)
         raise UserError(f"unknown field {odd!r}: {did_you_mean(odd, [entry.name for entry in fields(Curriculum)])}")
-    return replace(curriculum, **({} if epochs is None else {"equivalent_epochs": epochs}), **changes)
+    return replace(curriculum, **changes, equivalent_epochs=curriculum.equivalent_epochs if epochs is None else epochs)

@@ -13,9 +13,9 @@ __all__ = ["BASE_SIZE", "GPUS", "RECIPES", "ReleasedRecipe", "StageRow", "randau
 
 BASE_SIZE, GPUS, BATCH, FINAL_LR = 224, 8, 4096, 1e-6
 ICCV_SIZES, ICCV_MAGNITUDES, ICCV_MICRO_BATCH = (160, 160, 160, 192, 224), (1, 3, 5, 7, 9), 256
-LARGE = (96,) * 2 + (160,) * 4 + (224,) * 4
-DEIT = (96,) * 2 + (160,) * 4 + (192,) * 2 + (224,) * 2
-CONVNEXT = (160,) * 6 + (224,) * 4
+LARGE: tuple[int, ...] = (96,) * 2 + (160,) * 4 + (224,) * 4
+DEIT: tuple[int, ...] = (96,) * 2 + (160,) * 4 + (192,) * 2 + (224,) * 2
+CONVNEXT: tuple[int, ...] = (160,) * 6 + (224,) * 4
 
 
 @dataclass(frozen=True)
@@ -146,15 +146,26 @@ def stage_table(
     return _first_release(recipe, epochs) if release == "R1" else _second_release(recipe, epochs, replay)
 
 
-def _common(recipe: ReleasedRecipe) -> dict[str, Any]:
-    return {
+def _row(recipe: ReleasedRecipe, size: int, magnitude: int, first_release: bool = False, **given: Any) -> StageRow:
+    """A row; the first release trains every model by AdamW with the same rate."""
+    own = ReleasedRecipe(recipe.model, 0.0, {}) if first_release else recipe
+    row: Any = {
         "model": recipe.model,
+        "input_size": size,
+        "aa": randaug_policy(magnitude),
         "use_amp": recipe.amp,
         "clip_grad": recipe.clip_grad,
         "model_ema": recipe.ema is not None,
         "model_ema_decay": recipe.ema,
         "layer_scale": recipe.layer_scale,
+        "lr": own.lr,
+        "opt": own.optimiser,
+        "opt_eps": own.eps,
+        "weight_decay": own.weight_decay,
+        **given,
     }
+    checked: StageRow = row
+    return checked
 
 
 def _first_release(recipe: ReleasedRecipe, epochs: Number) -> list[StageRow]:
@@ -164,27 +175,23 @@ def _first_release(recipe: ReleasedRecipe, epochs: Number) -> list[StageRow]:
         start = rows[-1]["end_epoch"] if rows else 0
         end = stage_boundary(epochs, shares, index)
         micro = ICCV_MICRO_BATCH if index == len(ICCV_SIZES) - 1 else 2 * ICCV_MICRO_BATCH
-        rows.append(
-            StageRow(
-                **_common(recipe),
-                input_size=size,
-                aa=randaug_policy(magnitude),
-                epochs=int(epochs),
-                start_epoch=start,
-                end_epoch=end,
-                epochs_run=end - start,
-                warmup_epochs=20,
-                batch_size=micro,
-                update_freq=BATCH // (GPUS * micro),
-                lr=4e-3,
-                drop_path=recipe.drop_path,
-                replay_times=1,
-                replay_buffer_size=0,
-                opt="adamw",
-                opt_eps=1e-8,
-                weight_decay=0.05,
-            )
+        row = _row(
+            recipe,
+            size,
+            magnitude,
+            first_release=True,
+            epochs=int(epochs),
+            start_epoch=start,
+            end_epoch=end,
+            epochs_run=end - start,
+            warmup_epochs=20,
+            batch_size=micro,
+            update_freq=BATCH // (GPUS * micro),
+            drop_path=recipe.drop_path,
+            replay_times=1,
+            replay_buffer_size=0,
         )
+        rows.append(row)
     return rows
 
 
@@ -203,10 +210,10 @@ def _second_release(recipe: ReleasedRecipe, epochs: Number, replay: bool) -> lis
         if recipe.warmup_share is not None:
             warmup = recipe.warmup_share * epochs * (BASE_SIZE * BASE_SIZE / (size * size)) / times
         micro = recipe.micro_batch[size]
-        row = StageRow(
-            **_common(recipe),
-            input_size=size,
-            aa=randaug_policy(index),
+        row = _row(
+            recipe,
+            size,
+            index,
             epochs=own,
             start_epoch=start,
             end_epoch=end,
@@ -214,13 +221,9 @@ def _second_release(recipe: ReleasedRecipe, epochs: Number, replay: bool) -> lis
             warmup_epochs=int(warmup),
             batch_size=int(micro / times),
             update_freq=BATCH // (GPUS * micro),
-            lr=recipe.lr,
             drop_path=recipe.drop_path * epochs / 200,
             replay_times=times,
             replay_buffer_size=buffer,
-            opt=recipe.optimiser,
-            opt_eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
         )
         rows.append(row)
         last = row if row["epochs_run"] else last

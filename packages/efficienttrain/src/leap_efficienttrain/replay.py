@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from leap_shared.errors import UserError
 
 __all__ = ["ReplayBuffer"]
 
-Batch = TypeVar("Batch", Tensor, Sequence[Tensor])
 DTYPES = {"uint8": torch.uint8, "float16": torch.float16, None: None}
 
 
@@ -73,27 +72,29 @@ class ReplayBuffer:
         """Forget all batches, as at the start of a stage."""
         self._batches: deque[tuple[Tensor, ...]] = deque(maxlen=self.capacity_batches)
 
-    def __call__(self, batch: Batch) -> Batch:
+    @overload
+    def __call__(self, batch: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]: ...
+
+    def __call__(self, batch: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
         """The fresh batch and, after it, the drawn chunks in the order of the draw.
 
         Args:
             batch: a tensor of samples, or several tensors of as many samples each, as pictures and labels; the first is
                 stored in `dtype`, all of them on their device.
 
+        Returns:
+            A tensor, or a tuple of as many as were given.
+
         Raises:
             UserError: the batch cannot be split, has another dtype or shape, or the buffer would not fit into memory.
         """
-        if self.times == 1:
-            return batch
-        fresh = self._stored((batch,) if isinstance(batch, Tensor) else tuple(batch))
-        self._batches.append(fresh)
-        chunks = len(self._batches) * self.split
-        drawn = torch.randint(0, chunks, ((self.times - 1) * self.split,), generator=self.generator).tolist()
-        rows = [(self._batches[index // self.split], index % self.split) for index in drawn]
-        fresh = tuple(self._joined(part, rows, number) for number, part in enumerate(fresh))
-        if self.dtype == "float16":
-            fresh = (fresh[0].float(), *fresh[1:])
-        return fresh[0] if isinstance(batch, Tensor) else type(batch)(fresh)  # type: ignore[call-arg, return-value]
+        parts = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+        if self.times > 1:
+            parts = self._joined(self._stored(parts))
+        return parts[0] if isinstance(batch, Tensor) else parts
 
     def _stored(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         samples, count = parts[0], len(parts[0])
@@ -122,13 +123,22 @@ class ReplayBuffer:
                 f"{max(free // (2 * batch_bytes), 1)}, or the batch"
             )
 
-    def _joined(self, fresh: Tensor, rows: list[tuple[tuple[Tensor, ...], int]], number: int) -> Tensor:
-        """Fresh samples and drawn chunks of one part, copied once."""
-        drawn = []
-        for batch, chunk in rows:
-            first, last = self._bounds(len(batch[number]), chunk)
-            drawn.append(batch[number][first:last])
-        return torch.cat([fresh, *drawn])
+    def _joined(self, fresh: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Fresh samples, which enter the buffer, and drawn chunks, copied once."""
+        self._batches.append(fresh)
+        chunks = len(self._batches) * self.split
+        drawn = torch.randint(0, chunks, ((self.times - 1) * self.split,), generator=self.generator).tolist()
+        parts = []
+        for number, part in enumerate(fresh):
+            pieces = [part]
+            for index in drawn:
+                held = self._batches[index // self.split][number]
+                first, last = self._bounds(len(held), index % self.split)
+                pieces.append(held[first:last])
+            parts.append(torch.cat(pieces))
+        if self.dtype == "float16":
+            parts[0] = parts[0].float()
+        return tuple(parts)
 
     def _bounds(self, count: int, chunk: int) -> tuple[int, int]:
         """Rows of a chunk: the first `count` mod `split` chunks have one row more."""

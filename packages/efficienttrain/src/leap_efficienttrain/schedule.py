@@ -40,7 +40,7 @@ def resume_epoch(done: int, size_before: int, size: int, replay_before: int = 1,
 def reference_rate(
     step: Float64[np.ndarray, " steps"], base: Number, final: Number, steps: int, warmup: int
 ) -> Float64[np.ndarray, " steps"]:
-    """Rates of the given iterations: a line from 0 to `base` over `warmup` iterations, both ends included, then a cosine.
+    """Rates of iterations: a line from 0 to `base` over `warmup` of them, both ends included, then a cosine.
 
     Args:
         step: iterations, from 0.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from leap_efficienttrain.checkpoints import load_checkpoint
 from leap_efficienttrain.cost import gmac
 from leap_efficienttrain.curriculum import Curriculum
 from leap_efficienttrain.groups import param_groups
@@ -20,6 +22,7 @@ from leap_efficienttrain.models import create_model
 from leap_efficienttrain.sizes import flexible
 from leap_efficienttrain.transforms import LiveTransform
 from leap_shared import files
+from leap_shared.checkpoints import CheckpointFolder
 from leap_shared.devices import resolve_device
 from leap_shared.errors import UserError
 from leap_shared.vision import Source, TrainConfig, Trainer, open_source
@@ -27,7 +30,7 @@ from leap_shared.vision.data import derive, isolated
 from leap_shared.vision.learner import LossFunction
 from leap_shared.vision.sources import class_names
 
-__all__ = ["CurriculumTrainer", "StageReport"]
+__all__ = ["CurriculumTrainer", "SearchTraining", "StageReport"]
 
 CURRICULUM, STAGES = "curriculum.yaml", "stages.json"
 
@@ -82,6 +85,15 @@ class Clock:
         """Go on from what was timed."""
         self.timed = {int(stage): list(values) for stage, values in state["timed"].items()}
         self._since = None
+
+
+class _Held:
+    """Keeps the state that a checkpoint has."""
+
+    state: Mapping[str, Any]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.state = state
 
 
 class CurriculumTrainer:
@@ -207,6 +219,25 @@ class CurriculumTrainer:
             files.write_json(self.out / STAGES, [vars(row) for row in self.report()])
         return metrics
 
+    def start_from(self, folder: Path) -> None:
+        """Take weights, moments and moving average of an ended training, at whatever size that had, and its folder.
+
+        Raises:
+            UserError: the folder holds no training of such a model.
+        """
+        held = _Held()
+        if CheckpointFolder(folder / "checkpoints").restore({"trainer": held}) is None:
+            raise UserError(f"{folder} has no checkpoints: give the folder of a training")
+        self.flexible.set_size(Curriculum.from_yaml(folder / CURRICULUM).stages[-1].size)
+        for name, part in self.trainer.learner.parts.items():
+            part.load_state_dict(held.state[name])
+
+    def load(self, checkpoint: Path) -> None:
+        """Take the weights of a file, of any size, with a new head where it has other classes; see `load_checkpoint`."""
+        load_checkpoint(checkpoint, self.trainer.model, new_head=True)
+        if self.trainer.learner.ema is not None:
+            self.trainer.learner.ema.set(self.trainer.model)
+
     def report(self) -> list[StageReport]:
         """What each stage took until now, beside what its operations promise."""
         costs = {size: gmac(self.trainer.model, size) for size in {leg.stage.size for leg in self.plan.legs}}
@@ -265,3 +296,31 @@ class CurriculumTrainer:
         twin = copy.deepcopy(model)
         flexible(twin, allow_resample=self._allow, size=self.flexible.size).set_size(self.curriculum.base_size)
         return twin
+
+
+@dataclass(frozen=True)
+class SearchTraining:
+    """The train function of a search on pictures: `(curriculum, from_checkpoint, seed) -> (accuracy, folder)`.
+
+    Attributes:
+        config: of every training; its seed is replaced.
+        folder: for all of them, each in one of its own, where a killed one goes on.
+        device: as `resolve_device` takes it.
+        augment_at: see `LiveTransform`.
+    """
+
+    config: TrainConfig
+    folder: Path
+    device: str = "auto"
+    augment_at: Literal["base", "low"] = "base"
+
+    def __call__(self, curriculum: Curriculum, from_checkpoint: str | None = None, seed: int = 0) -> tuple[float, str]:
+        """Train, and score the weights, or their moving average where there is one, in percent."""
+        text = f"{curriculum.to_yaml()}{from_checkpoint}{seed}"
+        out = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        config = replace(self.config, seed=seed)
+        trainer = CurriculumTrainer(curriculum, config, out, device=self.device, augment_at=self.augment_at)
+        if from_checkpoint is not None:
+            trainer.start_from(Path(from_checkpoint))
+        scores = trainer.train()
+        return scores.get("ema", scores["weights"])["top1"], str(out)

@@ -27,12 +27,12 @@ from leap_shared.vision.recipes import Protocol, Recipe
 from leap_shared.vision.sources import open_source
 from leap_shared.vision.training import Trainer
 
-__all__ = ["Converting", "Evaluation", "Training", "start_processes"]
+__all__ = ["Converting", "Evaluation", "Training", "data_part", "process_count", "start_processes"]
 
 VALIDATION = ("val", "validation", "valid", "test")
 
 
-def _part(data: str, *names: str) -> str | None:
+def data_part(data: str, *names: str) -> str | None:
     """Folder of that name where `data` is laid out as DATA/train and DATA/val; `data` where it has no such folders."""
     root = Path(data)
     if not any((root / name).is_dir() for name in ("train", *VALIDATION)):
@@ -99,12 +99,12 @@ class Training(Command):
             **settings: more of `recipe.train_config`.
         """
         recipe = recipe if self.lr is None else recipe.with_lr(self.lr)
-        world = self._processes()
-        train, validation = _part(self.data, "train"), self.validation
+        world = process_count(self.gpus, self.device)
+        train, validation = data_part(self.data, "train"), self.validation
         if train is None:
             raise UserError(f"{self.data} has no folder train: give the folder of the training pictures")
         if train != self.data:
-            validation = validation or _part(self.data, *VALIDATION)
+            validation = validation or data_part(self.data, *VALIDATION)
         names = ["ema", "amp", "batch_size", "accumulation", "epochs", "protocol", "workers", "save_updates", "seed"]
         settings |= {name: getattr(self, name) for name in names}
         config = recipe.train_config(train, validation, gpus=world, image_size=self.img_size, **settings)
@@ -136,18 +136,27 @@ class Training(Command):
             for name in trainer.learner.models
         ]
 
-    def _processes(self) -> int:
-        """How many processes there are, or are to be started."""
-        world = os.environ.get("WORLD_SIZE")
-        if self.gpus is not None and self.gpus < 1:
-            raise UserError(f"--gpus {self.gpus}: expected 1 or more")
-        if world is not None and self.gpus not in (None, int(world)):
-            advice = "leave torchrun away, then they are started, or give it that number"
-            raise UserError(f"--gpus {self.gpus}, but torchrun started {world} processes: {advice}")
-        found = 0 if self.device == "cpu" else torch.cuda.device_count()
-        if world is None and found and (self.gpus or 1) > found:
-            raise UserError(f"--gpus {self.gpus}, but this machine has {found}: give {found} or less, or --device cpu")
-        return self.gpus or int(world or 1)
+
+def process_count(gpus: int | None, device: str) -> int:
+    """How many processes there are, or are to be started.
+
+    Args:
+        gpus: asked for; None for those that torchrun has started, else one.
+        device: as `resolve_device` takes it.
+
+    Raises:
+        UserError: torchrun started another number, or this machine has fewer GPUs.
+    """
+    world = os.environ.get("WORLD_SIZE")
+    if gpus is not None and gpus < 1:
+        raise UserError(f"--gpus {gpus}: expected 1 or more")
+    if world is not None and gpus not in (None, int(world)):
+        advice = "leave torchrun away, then they are started, or give it that number"
+        raise UserError(f"--gpus {gpus}, but torchrun started {world} processes: {advice}")
+    found = 0 if device == "cpu" else torch.cuda.device_count()
+    if world is None and found and (gpus or 1) > found:
+        raise UserError(f"--gpus {gpus}, but this machine has {found}: give {found} or less, or --device cpu")
+    return gpus or int(world or 1)
 
 
 def start_processes(count: int, arguments: Sequence[str]) -> Any:
@@ -231,7 +240,7 @@ class Evaluation(Command):
             raise UserError(f"{numbers}: expected a positive number, 0 or more, and no list of nothing")
         state = read_official(self.checkpoint, use_ema=self.ema)
         classes = state["head.weight"].shape[0] if "head.weight" in state else 1000
-        where = _part(self.data, *VALIDATION)
+        where = data_part(self.data, *VALIDATION)
         if where is None:
             raise UserError(f"{self.data} has no folder {', '.join(VALIDATION)}: give that of the pictures")
         source = open_source(where, "validation")

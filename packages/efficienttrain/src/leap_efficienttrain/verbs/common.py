@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leap_shared.cli import Command
 from leap_shared.errors import UserError
 
-if TYPE_CHECKING:
-    from leap_efficienttrain.curriculum import Curriculum
-
-__all__ = ["BATCH", "CurriculumFlags", "data_part"]
-
-BATCH = 4096  # of the released recipes, for which their rates hold
-VALIDATION = ("val", "validation", "valid", "test")
-
-
-def data_part(data: str, *names: str) -> str | None:
-    """Folder of that name where `data` is laid out as DATA/train and DATA/val; `data` where it has no such folders."""
-    root = Path(data)
-    if not any((root / name).is_dir() for name in ("train", *VALIDATION)):
-        return data
-    return next((str(root / name) for name in names if (root / name).is_dir()), None)
+__all__ = ["CurriculumFlags"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +17,8 @@ class CurriculumFlags(Command):
     """Base of the verbs that take a curriculum."""
 
     curriculum: str | None = None
-    """et++, et++:deit, et++:convnext, et:iccv, progressive_v2, fixres, budgeted, constant, or a YAML file; where none is
-    given, the released one for the model, or et++."""
+    """et++, et++:deit, et++:convnext, et:iccv, progressive_v2, fixres, budgeted, constant, or a YAML file; where none
+    is given, the released one for the model, or et++."""
     epochs: float | None = None
     """Equivalent epochs at full size; the curriculum's where none is given."""
     base_size: int | None = None
@@ -48,8 +34,8 @@ class CurriculumFlags(Command):
     arithmetic: str | None = None
     """reference: whole passes over the data, as the released scripts; continuous: exact to the update."""
 
-    def chosen(self, model: str | None, default: Curriculum | None = None, **changes: Any) -> Curriculum:
-        """The curriculum that the flags describe.
+    def chosen(self, model: str | None, default: Any = None, **changes: Any) -> Any:
+        """The `Curriculum` that the flags describe.
 
         Args:
             model: whose released curriculum is taken where none is named.
@@ -67,7 +53,7 @@ class CurriculumFlags(Command):
                 raise UserError(f"--replay goes with presets, and {name} is a file: set replay and buffer there")
             found = Curriculum.from_yaml(name, self.epochs, **given)
         elif name is None and default is not None and not self.replay:
-            found = replace(default, **given, **({} if self.epochs is None else {"equivalent_epochs": self.epochs}))
+            found = replace(default, **given, equivalent_epochs=self.epochs or default.equivalent_epochs)
         else:
             released = f"et++:{model}" if model in RECIPES or model in ALIASES else "et++"
             found = Curriculum.preset(name or released, self.epochs, replay=self.replay, **given)

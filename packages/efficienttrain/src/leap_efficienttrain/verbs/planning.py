@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from leap_efficienttrain.verbs.common import CurriculumFlags, data_part
+from leap_efficienttrain.verbs.common import CurriculumFlags
 from leap_shared.cli import Command, Context
 from leap_shared.errors import UserError
 
@@ -46,6 +46,7 @@ class Plan(CurriculumFlags):
         """Predict."""
         from leap_efficienttrain.cost import step_seconds
         from leap_shared.vision import open_source
+        from leap_shared.vision.running import data_part
 
         samples = self.samples
         if self.data is not None:

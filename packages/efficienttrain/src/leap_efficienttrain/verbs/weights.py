@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from leap_efficienttrain.verbs.common import VALIDATION, data_part
 from leap_shared.cli import Command, Context
 from leap_shared.errors import UserError
 
@@ -63,7 +62,7 @@ class Eval(Command):
     sizes: tuple[int, ...] = ()
     """Sides of the pictures in pixels, a row for each; the checkpoint's where none is given."""
     crop: Literal["centre", "fourier"] = "centre"
-    """fourier: prepare pictures at full size, 224, and crop their spectrum to the size, as EfficientTrain of 2023 does."""
+    """fourier: prepare pictures at full size, 224, and crop their spectrum, as EfficientTrain of 2023 does."""
     batch_size: int = 64
     """Pictures per forward pass."""
     workers: int = 4
@@ -74,6 +73,7 @@ class Eval(Command):
     def run(self, context: Context) -> object:
         """Score; one row per size."""
         from leap_efficienttrain.evaluation import score
+        from leap_shared.vision.running import VALIDATION, data_part
 
         if self.batch_size < 1 or self.workers < 0:
             given = f"batch_size {self.batch_size}, workers {self.workers}"
