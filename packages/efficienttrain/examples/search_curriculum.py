@@ -2,7 +2,11 @@
 
     python examples/search_curriculum.py --method sequential --workers 2
 
-`train` is all that a search needs to know of a model and its data.
+takes about a minute of one CPU thread, less with a worker on each of several cores, and ends with
+
+    sizes 6, 8, 8, 8, found in 36 trials of 43.2 epochs at 8 pixels
+
+`train` is all that a search needs to know of a model and its data. Killed, the same command goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import BASE, BATCH, SAMPLES, SIZES, UPDATES, ConvNet, curriculum, moments, pictures, vit
+from small import BATCH, SAMPLES, SIZES, UPDATES, ConvNet, curriculum, moments, pictures, vit
 from torch.utils.data import DataLoader, TensorDataset
 
-from leap_efficienttrain.adapters import (
-    Session,
+from leap_efficienttrain.adapters import Session
+from leap_efficienttrain.loops import (
     accumulations,
     batch_size,
     check_even,
@@ -85,7 +85,8 @@ def test_pictures_below_the_stages_size_are_refused() -> None:
 def test_size_and_rate_follow_the_plan_in_any_order() -> None:
     session, optimizer = started()
     plan = session.plan
-    assert plan is not None and plan.updates == sum(UPDATES)
+    assert plan is not None
+    assert plan.updates == sum(UPDATES)
     for update in (SECOND, FIRST, SECOND - 1, SECOND + 1):
         session.enter(update)
         assert session.flexible.size == plan.at(update).size == SIZES[update >= SECOND]
@@ -209,7 +210,7 @@ def test_going_on_with_other_pictures_is_refused() -> None:
 
 def test_sizes_that_the_model_cannot_take_are_refused_before_training() -> None:
     odd = curriculum(stages=(Stage(0.5, 18), Stage(0.5, 32)))
-    with pytest.raises(UserError, match="stage 1: 18 pixels is not a multiple of 4.*take 16 or 20"):
+    with pytest.raises(UserError, match=r"stage 1: 18 pixels is not a multiple of 4.*take 16 or 20"):
         Session(odd, vit())
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from leap_efficienttrain import cache
-from leap_efficienttrain.cache import CacheSize, build_cache, cache_size, open_cache
+from leap_efficienttrain.cache import CacheSize, build_cache, cache_size, open_cache, open_pictures
 from leap_efficienttrain.decoding import shrink
 from leap_efficienttrain.pipelines import photographs
 from leap_efficienttrain.transforms import LiveTransform
@@ -87,6 +87,13 @@ def test_it_is_a_source_with_classes_that_can_be_opened_again(tmp_path: Path) ->
     assert again.labels.tolist() == [index % 2 for index in range(COUNT)]
     assert again.where(3) == f"number 3 of {tmp_path}"
     assert all(np.array_equal(again[index][0], built[index][0]) for index in range(COUNT))
+
+
+def test_caches_open_where_other_pictures_do(tmp_path: Path) -> None:
+    build_cache(Mixed(), tmp_path / "cache", 32)
+    (tmp_path / "folder" / "cat").mkdir(parents=True)
+    (tmp_path / "folder" / "cat" / "0.jpg").write_bytes(photographs(1)[0])
+    assert [len(open_pictures(str(tmp_path / name))) for name in ("cache", "folder")] == [COUNT, 1]
 
 
 def test_size_is_told_before_anything_is_built(tmp_path: Path) -> None:

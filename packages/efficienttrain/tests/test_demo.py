@@ -1,4 +1,4 @@
-"""The demonstration: arms differ in nothing but what they are named for, seconds are training's, verdicts follow rules."""
+"""The demonstration: arms differ in what they are named for, seconds are training's, verdicts follow their rules."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pictures(count: int, side: int = 16, seed: int = 0) -> Pictures:
 
 def test_sizes_of_the_arms_are_the_preset_in_proportion() -> None:
     sizes = [stage.size for stage in Problem().curriculum("et third", TINY).stages]
-    assert sizes == [40] * 2 + [68] * 4 + [96] * 4
+    assert sizes == [48] * 2 + [64] * 4 + [96] * 4
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_arms_change_what_they_are_named_for(arm: str, sizes: set[int], magnitud
     assert (curriculum.base_size, curriculum.batch, curriculum.lr.base) == (16, 20, TINY.learning_rate)
 
 
-@pytest.mark.parametrize("problem", Settings().problems)
-def test_arms_of_a_third_go_through_as_many_pixels(problem: Problem) -> None:
+@pytest.mark.parametrize(("problem", "count"), [*zip(Settings().problems, (1224, 1200), strict=True)])
+def test_arms_of_a_third_go_through_about_as_many_pixels(problem: Problem, count: int) -> None:
     pixels = {}
     for arm in ("third", "et third", "sizes third", "magnitudes third"):
-        states = problem.curriculum(arm, Recipe()).plan(1260).states
+        states = problem.curriculum(arm, Recipe()).plan(count).states
         pixels[arm] = sum((state.steps or 0) * state.size**2 for state in states)
-    assert [pixels[arm] / pixels["third"] for arm in pixels] == pytest.approx([1] * 4, rel=0.06)
+    assert [pixels[arm] / pixels["third"] for arm in pixels] == pytest.approx([1] * 4, rel=0.04)
 
 
 @settings(max_examples=10, deadline=None)
@@ -152,7 +152,7 @@ def test_impossible_recipe_is_refused(values: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"side": 98}, "base size 98 is not a multiple of 4"),
+        ({"side": 98}, "base size 98 is not a multiple of 16"),
         ({"epochs": 0}, "epochs is 0"),
         ({"kind": "given", "data": "pictures"}, "give both, or none"),
         ({"data": "pictures", "validation": "others"}, "give both, or none"),
@@ -264,6 +264,7 @@ def test_killed_demo_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     assert [len(row[METRIC]["values"]) for task in found["tasks"] for row in task["arms"]] == [2] * 2 * len(ARMS)
 
 
+@pytest.mark.slow
 def test_quick_demo_writes_its_section_figure_and_table(tmp_path: Path) -> None:
     result = demo.run(Settings.quick(3), context(tmp_path))
     assert [row["arm"] for row in result["arms"]] == [arm.title for arm in ARMS.values()]
@@ -297,7 +298,7 @@ def test_own_pictures_take_the_place_of_those_that_ship(tmp_path: Path) -> None:
         images = generator.integers(256, size=(count, 20, 20, 3), dtype=np.uint8)
         np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(count) % 4)
         names.append(str(tmp_path / f"{name}.npz"))
-    chosen = replace(Settings.of(*names, side=16, epochs=15, seeds=(0,)), recipe=TINY)
+    chosen = replace(Settings.of(*names, side=48, epochs=15, seeds=(0,)), recipe=TINY)
     result = demo.run(chosen, context(tmp_path / "out"))
     (task,) = result["tasks"]
     assert task["kind"] == "given"

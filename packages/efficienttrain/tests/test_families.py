@@ -31,7 +31,7 @@ SHALLOW: dict[str, dict[str, Any]] = {
     "efficientvit_m0": {"depth": (1, 1, 1)},
     "cait_xxs24_224": {"depth": 1, "depth_token_only": 1},
     "hiera_tiny_224": {"stages": (1, 1, 1, 1), "embed_dim": 32},
-    "tnt_s_legacy_patch16_224": {"depth": 1, "embed_dim": 48, "num_heads_outer": 2},
+    "tnt_s_patch16_224": {"depth": 1, "embed_dim": 48, "num_heads_outer": 2},
     "coat_tiny": {"serial_depths": (1, 1, 1, 1), "parallel_depth": 1},
     "convit_tiny": {"depth": 2, "local_up_to_layer": 1},
     "visformer_tiny": {"depth": (1, 1, 1), "embed_dim": 96, "num_heads": 2},
@@ -44,11 +44,19 @@ TAKING_ALL = [(family, name) for family in FAMILIES if family.how == "any size" 
 HEAVY = {"nest_tiny", "volo_d1_224"}  # which nothing makes smaller
 QUICK = {"resnet18", "convnext_atto", "pvt_v2_b0", "ghostnet_050"}
 
+LATER = {"starnet_s1", "swiftformer_xs", "shvit_s1"}  # than timm 1.0.15
+
 
 def made(name: str, size: int) -> Any:
     torch.manual_seed(0)
     windows = {"window_size": size // 32} if name.startswith("swin") else {}
     return timm.create_model(name, num_classes=3, img_size=size, **SHALLOW.get(name, {}), **windows)
+
+
+def means(model: Any, name: str, size: int) -> dict[str, Any]:
+    """What timm before 1.0.31 does not know of a model that was made with arguments, and has no set_input_size for."""
+    known = hasattr(model, "_model_args") or callable(getattr(model, "set_input_size", None))
+    return {} if known else {"size": size, "rebuild": lambda size: made(name, size)}
 
 
 def pictures(size: int) -> Tensor:
@@ -81,7 +89,7 @@ def test_family_moves_in_training_and_equals_a_model_of_that_size(family: Any, n
     step(model, optimizer, small)
     average = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
-    flex = flexible(model, optimizer, average, allow_resample=True)
+    flex = flexible(model, optimizer, average, allow_resample=True, **means(model, name, small))
     assert (flex.family, flex.how, flex.size) == (family.name, family.how, small)
     assert small % flex.requires == 0
     flex.set_size(large)
@@ -106,21 +114,21 @@ def test_family_moves_in_training_and_equals_a_model_of_that_size(family: Any, n
 
 @pytest.mark.parametrize(("family", "name"), marked(TAKING_ALL, lambda name: name not in QUICK))
 def test_family_takes_every_size_as_built(family: Any, name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=3, **SHALLOW.get(name, {})).eval()
+    if not timm.is_model(name):
+        pytest.skip("this timm does not have the model yet")
+    model = timm.create_model(name, num_classes=3, **SHALLOW.get(name, {})).eval()
     assert family_of(model) is family
     flex = flexible(model)
     assert (flex.how, flex.requires) == ("any size", 1)
     for size in (96, 160):
         assert not flex.set_size(size)
         with torch.no_grad():
-            assert model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 3)
+            assert model(pictures(size)[:1]).shape == (1, 3)
 
 
 @pytest.mark.parametrize("name", ["mixer_s32_224", "resmlp_12_224", "gmlp_ti16_224", "efficientformer_l1"])
 def test_refused_family_says_why_and_what_to_do(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = timm.create_model(name)
     for allowed in (False, True):
         with pytest.raises(UserError, match=r"cannot change its input size: its? .*; train it at one size, or give"):
             flexible(model, allow_resample=allowed)
@@ -128,8 +136,7 @@ def test_refused_family_says_why_and_what_to_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["levit_128s", "pit_ti_224", "efficientformerv2_s0"])
 def test_family_tied_to_its_grid_has_to_be_allowed(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = timm.create_model(name)
     with pytest.raises(UserError, match=r"tied to its input size: .*allow_resample=True"):
         flexible(model)
     assert flexible(model, allow_resample=True).how == "resample"
@@ -141,7 +148,7 @@ def test_table_names_every_family_once_with_models_of_timm() -> None:
     for family in FAMILIES:
         assert family.examples
         for example in family.examples:
-            assert timm.is_model(example)
+            assert timm.is_model(example) or example in LATER
 
 
 def test_table_states_a_requirement_in_words() -> None:
@@ -172,6 +179,8 @@ def test_class_that_the_factory_does_not_know_asks_for_rebuild() -> None:
 
 def test_family_moves_where_timm_has_no_set_input_size_for_it() -> None:
     model = made("beit_base_patch16_224", 96)
+    if not hasattr(model, "_model_args"):
+        pytest.skip("this timm does not keep the arguments of models")
     family = family_of(model)
     model.set_input_size = None
     old, new = resized_pair(model, family, (96, 96), (160, 160))
@@ -182,10 +191,18 @@ def test_family_moves_where_timm_has_no_set_input_size_for_it() -> None:
 def test_cached_biases_of_evaluation_are_dropped() -> None:
     model = made("levit_128s", 96)
     logits(model, 96)
-    flexible(model, allow_resample=True).set_size(160)
+    flexible(model, allow_resample=True, **means(model, "levit_128s", 96)).set_size(160)
     fresh = made("levit_128s", 160)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(logits(model, 160), logits(fresh, 160))
+
+
+@pytest.mark.parametrize("name", ["vit_relpos_small_patch16_224", "levit_128s"])
+def test_model_without_values_can_be_planned_with(name: str) -> None:
+    model = made(name, 96).to("meta").eval()
+    flexible(model, allow_resample=True, **means(model, name, 96)).set_size(160)
+    with torch.no_grad():
+        assert model(torch.empty(2, 3, 160, 160, device="meta")).shape == (2, 3)
 
 
 def test_windows_of_stages_differ_where_the_model_was_made_so() -> None:

@@ -1,4 +1,4 @@
-"""The golden numbers, through the adapter that `golden_adapter.py` is; tables, streams and sizes have files of their own."""
+"""The golden numbers, through `golden_adapter.py`; tables, streams, sizes and groups have files of their own."""
 
 from __future__ import annotations
 

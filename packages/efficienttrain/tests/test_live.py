@@ -169,7 +169,7 @@ class Pairs(Dataset[Any]):
 def test_running_workers_of_the_users_own_loader_see_a_change(context: str) -> None:
     transform = LiveTransform(BASE, output="float")
     loader = DataLoader(
-        Pairs(transform), batch_size=2, num_workers=2, persistent_workers=True, multiprocessing_context=context
+        Pairs(transform), batch_size=2, num_workers=1, persistent_workers=True, multiprocessing_context=context
     )
     seen = []
     for size in (32, 24):

@@ -46,11 +46,12 @@ def test_parameters_and_operations_at_224_are_those_of_the_table(name: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_count_of_the_table(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.endswith("_384")])
+def test_every_model_has_the_counts_of_the_table(name: str) -> None:
     variant = VARIANTS[name]
-    assert {size: counted(name, size)[1] for size in variant.gmac} == pytest.approx(variant.gmac, abs=COUNTING_ERROR)
-    assert counted(name, 224)[0] == variant.parameters
+    (_, small_size), (parameters, full_size) = counted(name, 96), counted(name, 224)
+    assert (small_size, full_size) == pytest.approx((variant.gmac[96], variant.gmac[224]), abs=COUNTING_ERROR)
+    assert parameters == variant.parameters
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -217,7 +217,7 @@ def test_lanczos_leaves_sums_that_float32_cannot_hold_to_the_reference() -> None
     with use("cpu"), pytest.raises(UserError, match="weights for an output are more than"):
         ops.lanczos_resize(pictures, 5, 7)
     with use("cpu"), pytest.raises(UserError, match="weights for an output are more than"):
-        ops.prepare(pictures.transpose(1, 2), 1, *STATISTICS, "lanczos", torch.float32)
+        ops.prepare(BYTES.repeat(1, 80, 60, 1), 8, *STATISTICS, "lanczos", torch.float32)
 
 
 @every_backend

@@ -109,6 +109,13 @@ def test_cswin_base_of_the_second_release_trains_with_lamb():
     assert released.stage_table("cswin_base", 300, "R1")[0]["lr"] == 4e-3
 
 
+@pytest.mark.parametrize("name", released.ALIASES)
+def test_short_names_are_of_the_same_family(name):
+    recipe = released.recipe_of(name)
+    assert recipe.model.lower().startswith(name.split("_")[0])
+    assert name.split("_")[1] in recipe.model
+
+
 def test_replay_divides_batches_and_epochs():
     rows = released.stage_table("resnet50", 200, "R2", True)
     assert [row["batch_size"] for row in rows] == [128] * 2 + [256] * 4 + [512] * 4

@@ -97,7 +97,7 @@ def test_sequential_search_finds_the_best_size_of_each_stage() -> None:
 @given(
     weights=st.lists(st.integers(0, 9), min_size=3, max_size=3), tolerance=st.integers(0, 40), workers=st.integers(1, 4)
 )
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 def test_greedy_search_of_a_monotone_accuracy_is_the_brute_force_optimum(
     weights: list[int], tolerance: int, workers: int
 ) -> None:
@@ -118,7 +118,7 @@ def test_greedy_search_of_a_monotone_accuracy_is_the_brute_force_optimum(
 
 
 @given(scores=st.lists(st.integers(0, 5), min_size=39, max_size=39), workers=st.integers(1, 4))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 def test_sequential_search_takes_the_best_size_after_those_before(scores: list[int], workers: int) -> None:
     sizes = (96, 160, 224)
     histories = [history for length in (1, 2, 3) for history in itertools.product(sizes, repeat=length)]
@@ -199,7 +199,7 @@ def test_each_seed_goes_on_from_its_own_checkpoint() -> None:
 
 @both
 @given(fails_at=st.integers(1, 13), torn=st.booleans())
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=8)
 def test_search_that_was_killed_goes_on_where_it_stopped(
     tmp_path_factory: pytest.TempPathFactory, method: str, fails_at: int, torn: bool
 ) -> None:
@@ -369,7 +369,7 @@ def _fails(curriculum: Curriculum, from_checkpoint: str | None) -> float:
 
 
 class StandIn:
-    """What `RayExecutor` uses of Ray, in this process; `ObjectRef.future` is a future of concurrent.futures in Ray too."""
+    """What `RayExecutor` uses of Ray, in this process."""
 
     def __init__(self, **resources: float) -> None:
         self.resources, self.asked, self.open = resources, [{}], False
@@ -461,7 +461,6 @@ def test_sequential_search_without_checkpoints_is_refused() -> None:
         ({"sizes": (128, 96, 224)}, "sizes 128, 96, 224: expected ascending order"),
         ({"sizes": (96, 96, 224)}, "each once"),
         ({"sizes": (0, 224)}, "whole numbers of pixels above 0"),
-        ({"sizes": (96.5, 224)}, "whole numbers of pixels above 0"),
         ({"sizes": ()}, "one or more"),
         ({"sizes": (224,)}, "one or more below the base size 224"),
         ({"base_size": 192}, "none above the base size 192"),
@@ -581,7 +580,7 @@ def test_fine_tuning_falls_from_the_rate_of_its_stage_to_the_last_one() -> None:
 def test_example_finds_a_curriculum_and_goes_on_from_its_log(tmp_path: Path) -> None:
     path = Path(__file__).parents[1] / "examples" / "search_curriculum.py"
     example: dict[str, Any] = runpy.run_path(str(path))
-    few = ["--stages", "2", "--epochs", "0.4", "--repeats", "1", "--sizes", "6", "8", "--out", str(tmp_path)]
+    few = ["--stages", "2", "--epochs", "1", "--repeats", "1", "--sizes", "6", "8", "--out", str(tmp_path)]
     found = example["main"](few)
     assert sizes_of(found)[0] in (6, 8)
     assert Curriculum.from_yaml(tmp_path / "curriculum.yaml") == found

@@ -80,7 +80,7 @@ class Flat(nn.Module):
 
 def official_schema(case: golden.Case) -> dict[str, tuple[tuple[int, ...], str]]:
     """Names and shapes of the released file at the case's first size, from the timm model that has them."""
-    own = outline(case).state_dict()
+    own = timm_model(case, case["from_size"]).state_dict()
     names = {name: name for name in own}
     if "swin" in case["model"]:
         names = {name: name.replace("head.fc", "head") for name in own}
@@ -97,13 +97,8 @@ def timm_model(case: golden.Case, size: int) -> Any:
     return timm.create_model(name, **options)
 
 
-def outline(case: golden.Case) -> Any:
-    with torch.device("meta"):
-        return timm_model(case, case["from_size"])
-
-
 def as_timm(case: golden.Case, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return checkpoint_filter_fn(state, outline(case)) if "swin" in case["model"] else state
+    return checkpoint_filter_fn(state, timm_model(case, case["from_size"])) if "swin" in case["model"] else state
 
 
 def filled(case: golden.Case, only: tuple[str, ...] = ("",)) -> dict[str, dict[str, Tensor]]:
@@ -376,18 +371,22 @@ def test_hooks_are_not_copied_along() -> None:
     assert model(pictures(160)).shape == (2, 3)
 
 
+def convit(img_size: int = 96) -> Any:
+    return timm.create_model("convit_tiny", depth=2, local_up_to_layer=1, img_size=img_size, drop_path_rate=0.2)
+
+
 def test_changing_the_size_draws_no_random_numbers() -> None:
-    model = timm.create_model("convit_tiny", depth=1, local_up_to_layer=0, img_size=96)
+    model = convit()
     state = torch.get_rng_state()
-    flexible(model).set_size(160)
+    assert flexible(model, rebuild=convit).set_size(160)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_fresh_model_for_the_size_takes_only_what_depends_on_it() -> None:
-    model = timm.create_model("convit_tiny", depth=2, local_up_to_layer=1, img_size=96, drop_path_rate=0.2)
+def test_fresh_model_for_the_size_gives_only_what_depends_on_it() -> None:
+    model = convit()
     model.blocks[1].drop_path.drop_prob = 0.7
     weight = model.head.weight.detach().clone()
-    flexible(model).set_size(160)
+    flexible(model, rebuild=convit).set_size(160)
     assert model.blocks[1].drop_path.drop_prob == 0.7
     assert torch.equal(model.head.weight, weight)
 
@@ -505,7 +504,7 @@ def test_model_that_does_not_tell_its_size_has_to_be_told() -> None:
 
 
 def test_factory_model_with_lost_arguments_is_refused_with_what_to_do() -> None:
-    model = timm.create_model("convit_tiny", depth=2, local_up_to_layer=1, img_size=96)
+    model = convit()
     model._model_args = {}
     with pytest.raises(UserError, match=r"differs from this model.* rebuild="):
         flexible(model, size=96).set_size(160)

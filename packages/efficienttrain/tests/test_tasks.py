@@ -1,4 +1,4 @@
-"""Pictures of the demonstration: halves of photographs never mix, digits are split, the user's own are cut to squares."""
+"""Pictures of the demonstration: halves of photographs never mix, digits are split, one's own are cut to squares."""
 
 from __future__ import annotations
 
@@ -110,6 +110,6 @@ def test_nothing_to_train_on_is_refused() -> None:
 def test_missing_photograph_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks._photographs.cache_clear()
     monkeypatch.setattr(tasks, "PHOTOGRAPHS", {"skimage.data": ("no_such_photograph.png",)})
-    with pytest.raises(UserError, match="no_such_photograph.png.*pip install scikit-image"):
+    with pytest.raises(UserError, match=r"no_such_photograph\.png.*pip install scikit-image"):
         tasks._photographs()
     tasks._photographs.cache_clear()

@@ -84,8 +84,12 @@ class Loop:
             if self.ema is not None:
                 load_checkpoint(self.ema.module, resume, use_ema=True)
             self.scheduler.step(self.start)
-        self.saver = None if folder is None else CheckpointSaver(
-            self.model, self.optimizer, model_ema=self.ema, checkpoint_dir=str(folder), recovery_dir=str(folder)
+        self.saver = (
+            None
+            if folder is None
+            else CheckpointSaver(
+                self.model, self.optimizer, model_ema=self.ema, checkpoint_dir=str(folder), recovery_dir=str(folder)
+            )
         )
 
     def train(self, stop: int | None = None) -> list[tuple[Any, ...]]:
@@ -93,7 +97,7 @@ class Loop:
         seen = []
         for epoch in range(self.start, self.args.epochs if stop is None else stop):
             torch.manual_seed(epoch)
-            np.random.seed(epoch)
+            np.random.seed(epoch)  # noqa: NPY002 - timm draws from it
             random.seed(epoch)
             accumulate = self.args.grad_accum_steps
             updates = epoch * -(-len(self.loader) // accumulate)
@@ -198,7 +202,14 @@ def train_parser() -> ArgumentParser:
         parser.add_argument(flag)
     parser.add_argument("--input-size", nargs=3, type=int)
     parser.add_argument("--model-kwargs", nargs="*", default=[])
-    for flag in ("--batch-size", "--grad-accum-steps", "--epochs", "--warmup-epochs", "--cooldown-epochs", "--num-classes"):
+    for flag in (
+        "--batch-size",
+        "--grad-accum-steps",
+        "--epochs",
+        "--warmup-epochs",
+        "--cooldown-epochs",
+        "--num-classes",
+    ):
         parser.add_argument(flag, type=int)
     for flag in ("--lr", "--min-lr", "--warmup-lr", "--decay-rate", "--mixup"):
         parser.add_argument(flag, type=float)

@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from leap_efficienttrain.adapters import (
-    Session,
-    accumulations,
-    batch_size,
-    dataset_length,
-    updates_ahead,
-)
+from leap_efficienttrain.adapters import Session
 from leap_efficienttrain.curriculum import Curriculum
 from leap_efficienttrain.loader import CurriculumLoader
+from leap_efficienttrain.loops import accumulations, batch_size, dataset_length, updates_ahead
 from leap_efficienttrain.plan import Plan, State
 from leap_shared.errors import UserError
 
@@ -141,7 +136,8 @@ def wrap(
     Args:
         curriculum: what is trained when.
         accelerator: of this process.
-        model, optimizer: prepared by it or not.
+        model: prepared by it or not.
+        optimizer: the same.
         loader: a `CurriculumLoader`, for batches, replay and order of every stage; or any loader of micro-batches of
             one size, prepared by the accelerator, whose pictures at the base size become smaller before the model.
         samples: pictures of the training set; the loader's unless given.

@@ -58,11 +58,12 @@ class Problem:
     kind: Literal["photographs", "digits", "given"] = "photographs"
     side: int = 96
     """Full size in pixels."""
-    multiple: int = 4
-    """The stages' sizes, in proportion to those for 224 pixels, are multiples of it."""
+    multiple: int = 16
+    """The stages' sizes, in proportion to those for 224 pixels, are multiples of it: of 16 for the default network's
+    operations to shrink as its pixels do."""
     epochs: Number = 4
     """T."""
-    per_photograph: tuple[int, int] = (70, 40)
+    per_photograph: tuple[int, int] = (68, 40)
     """Patches to train on and to test."""
     data: str = ""
     """The user's own pictures, see `tasks.given`."""

@@ -21,9 +21,9 @@ from leap_efficienttrain.decoding import decode, decode_factor, is_encoded, open
 from leap_shared.errors import UserError
 from leap_shared.files import atomic_writer, ensure_folder, sha256, write_json
 from leap_shared.vision.data import UNREADABLE
-from leap_shared.vision.sources import Source, class_names
+from leap_shared.vision.sources import Source, class_names, open_source
 
-__all__ = ["CacheSize", "CacheSource", "build_cache", "cache_size", "open_cache"]
+__all__ = ["CacheSize", "CacheSource", "build_cache", "cache_size", "open_cache", "open_pictures"]
 
 HEADER, PROGRESS, PICTURES, INDEX = "cache.json", "progress.json", "pictures.bin", "index.npy"
 VERSION, BLOCK = 1, 512  # pictures that are checked, and resumed from, together
@@ -155,6 +155,15 @@ def open_cache(folder: str | Path, *, verify: bool = False) -> CacheSource:
         if zlib.crc32(cache.pixels[first:last].tobytes()) != check:
             raise UserError(f"{folder} is damaged: pictures {number * BLOCK} and after differ: build it again")
     return cache
+
+
+def open_pictures(
+    name: str, split: str = "train", image_column: str | None = None, label_column: str | None = None
+) -> Source:
+    """A cache, or what else `leap_shared.vision.open_source` opens; see there."""
+    if (Path(name) / HEADER).is_file():
+        return open_cache(name)
+    return open_source(name, split, image_column, label_column)
 
 
 class CacheSource:

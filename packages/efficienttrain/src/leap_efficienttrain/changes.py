@@ -78,7 +78,8 @@ def _by_model(old: nn.Module, resized: Callable[[nn.Module], nn.Module]) -> Carr
             carrier.get_parameter(name).data = value.detach().clone()
         moved = resized(carrier)
         found = {name: moved.get_parameter(name).detach() for name in values}
-        positive = {name for name, value in values.items() if (value >= 0).all()}  # bicubic maps would undershoot
+        known = {name: value for name, value in values.items() if not value.is_meta}
+        positive = {name for name, value in known.items() if (value >= 0).all()}  # bicubic maps would undershoot
         return {name: value.clamp(min=0) if name in positive else value for name, value in found.items()}
 
     return carry
@@ -102,7 +103,8 @@ def _is_plain(value: object) -> bool:
 
 def _same(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other.to(one))
+        without_values = one.is_meta or other.is_meta
+        return one.shape == other.shape and (without_values or torch.equal(one, other.to(one)))
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 

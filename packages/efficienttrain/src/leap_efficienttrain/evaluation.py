@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leap_efficienttrain.cache import open_pictures
 from leap_efficienttrain.checkpoints import load_state, read_checkpoint
 from leap_efficienttrain.models import VARIANTS, create_model
 from leap_efficienttrain.released import BASE_SIZE
 from leap_efficienttrain.resampling import low_frequency_crop
 from leap_shared.errors import UserError
-from leap_shared.vision import DataConfig, build_transform, evaluate, evaluation_loader, open_source
+from leap_shared.vision import DataConfig, build_transform, evaluate, evaluation_loader
 from leap_shared.vision.learner import AMP
 
 __all__ = ["score"]
@@ -38,7 +39,7 @@ def score(
 
     Args:
         checkpoint: see `read_checkpoint`.
-        data: validation pictures, as `open_source` takes them.
+        data: validation pictures, as `open_pictures` takes them.
         model: official name or one of timm's; told from the file where it is None.
         which: model or ema.
         sizes: of the pictures in pixels; those of the checkpoint where there are none.
@@ -57,7 +58,7 @@ def score(
     if name is None:
         raise UserError(f"{checkpoint} fits no released model: name it with model")
     classes = found.num_classes
-    source = open_source(data, "validation")
+    source = open_pictures(data, "validation")
     names = getattr(source, "classes", None)
     if names is not None and len(names) != classes:
         given = f"{data} has {len(names)} classes, and {checkpoint} is for {classes}"

@@ -82,7 +82,7 @@ FAMILIES: tuple[Family, ...] = (
     _in_place("hiera", 32, "hiera", "hiera_tiny_224"),
     _in_place("nest", 16, "nest", "nest_tiny"),
     _in_place("volo", 16, "volo", "volo_d1_224"),
-    _in_place("tnt", 16, "tnt", "tnt_s_legacy_patch16_224"),
+    _in_place("tnt", 16, "tnt", "tnt_s_patch16_224"),
     _in_place("coat", 32, "coat", "coat_tiny"),
     _in_place("convit", 0, "convit", "convit_tiny"),
     _in_place("visformer", 32, "visformer", "visformer_tiny"),

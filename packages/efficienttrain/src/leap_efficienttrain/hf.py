@@ -1,4 +1,5 @@
 """Curricula for Hugging Face's Trainer."""
+# ruff: noqa: ARG002 - callbacks have one interface
 
 from __future__ import annotations
 
@@ -9,15 +10,9 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from leap_efficienttrain.adapters import (
-    Session,
-    accumulations,
-    batch_size,
-    check_half_precision,
-    dataset_length,
-    updates_ahead,
-)
+from leap_efficienttrain.adapters import Session
 from leap_efficienttrain.curriculum import Curriculum
+from leap_efficienttrain.loops import accumulations, batch_size, check_half_precision, dataset_length, updates_ahead
 from leap_efficienttrain.plan import Plan
 from leap_shared.errors import UserError
 
@@ -101,11 +96,13 @@ class CurriculumCallback(TrainerCallback):
             raise UserError("several processes, and parameters that change shapes: set callback.trainer = trainer")
         self.session.ahead = updates_ahead(loader) if self.ahead is None else self.ahead
         plan = self.session.begin(optimizer, samples, args.world_size, wrapped)
+        self.session.attach()
         pictures = batch_size(loader) or args.per_device_train_batch_size
         _check_arguments(plan, pictures, args.gradient_accumulation_steps, state.max_steps)
-        if state.global_step and KEY in state.stateful_callbacks:
-            self.session.load_state_dict(state.stateful_callbacks[KEY])
-        state.stateful_callbacks[KEY] = self.session.state_dict()
+        saved: Any = state.stateful_callbacks  # goes into the Trainer's checkpoints as JSON
+        if state.global_step and KEY in saved:
+            self.session.load_state_dict(saved[KEY])
+        saved[KEY] = self.session.state_dict()
         self.session.enter(state.global_step)
         _follow(parts["lr_scheduler"], plan, optimizer, state.global_step)
 
@@ -115,9 +112,7 @@ class CurriculumCallback(TrainerCallback):
         """Set what holds for this update."""
         self.session.enter(state.global_step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Leave the model at the size of its last stage, without hooks."""
         self.session.detach()
 
@@ -156,7 +151,9 @@ def training_arguments(
 
 def _check_constant(accumulate: list[int]) -> None:
     if len(set(accumulate)) > 1:
-        raise UserError(f"the stages have {accumulate} forward passes per update, the Trainer one number: no batch_scale")
+        raise UserError(
+            f"the stages have {accumulate} forward passes per update, the Trainer one number: no batch_scale"
+        )
 
 
 def _check_arguments(plan: Plan, pictures: int, accumulate: int, max_steps: int) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from leap_efficienttrain.adapters import check_no_replay
 from leap_efficienttrain.curriculum import Curriculum
 from leap_efficienttrain.families import Family, family_of
+from leap_efficienttrain.loops import check_no_replay
 from leap_efficienttrain.models import create_model, find
 from leap_efficienttrain.plan import Leg, Plan, State
 from leap_shared.errors import UserError
@@ -39,8 +39,8 @@ def launch_commands(
 ) -> list[str]:
     """Commands of timm's train.py that train the stages of a curriculum one after another.
 
-    They come as near as that script can: sizes, passes, batches and RandAugment are the curriculum's; within a stage the
-    learning rate is a straight line between the curriculum's at both ends (after a warm-up, where it rises first).
+    They come as near as that script can: sizes, passes, batches and RandAugment are the curriculum's; within a stage
+    the learning rate is a straight line between the curriculum's at both ends (after a warm-up, where it rises first).
     Pictures are cropped straight to the size, without the base size in between. Each command starts from the weights
     that the one before it saved last, their moving average under --model-ema, resized first where a table depends on
     the size; the optimiser starts anew, since a resumed one would bring its former rate along. `leap-efficienttrain

@@ -1,4 +1,5 @@
 """Curricula for Lightning."""
+# ruff: noqa: ARG002 - callbacks have one interface
 
 from __future__ import annotations
 
@@ -9,13 +10,8 @@ from typing import Any, Literal
 from torch import nn
 
 from leap_efficienttrain import curriculum as curricula
-from leap_efficienttrain.adapters import (
-    Session,
-    accumulations,
-    batch_size,
-    dataset_length,
-    updates_ahead,
-)
+from leap_efficienttrain.adapters import Session
+from leap_efficienttrain.loops import accumulations, batch_size, dataset_length, updates_ahead
 from leap_shared.errors import UserError
 
 try:

@@ -14,9 +14,10 @@ from leap_shared.errors import UserError
 __all__ = ["composer_resize", "has_composer", "interpolate_crop", "reference_crop"]
 
 Images = Float[Tensor, "batch channels height width"]
+Squares = Float[Tensor, "batch channels size size"]
 
 
-def reference_crop(x: Images, size: int) -> Images:
+def reference_crop(x: Images, size: int) -> Squares:
     """The crop as the paper's formula is written down: transform, lowest frequencies, inverse transform, real part.
 
     Args:
@@ -31,7 +32,7 @@ def reference_crop(x: Images, size: int) -> Images:
     return pixels.real
 
 
-def interpolate_crop(x: Images, size: int) -> Images:
+def interpolate_crop(x: Images, size: int) -> Squares:
     """Bicubic resampling with anti-aliasing: another low-pass filter, not the same numbers."""
     return F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
 
@@ -41,7 +42,7 @@ def has_composer() -> bool:
     return importlib.util.find_spec("composer") is not None
 
 
-def composer_resize(x: Images, size: int) -> Images:
+def composer_resize(x: Images, size: int) -> Squares:
     """Composer's progressive resizing of a batch: bilinear, to a share of the width.
 
     Raises:

@@ -11,7 +11,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from leap_shared.vision.bodies.grids import Number
-from leap_shared.vision.data import _posterize
+from leap_shared.vision.data import posterize_at_zero
 
 __all__ = ["Magnitude", "walk"]
 
@@ -43,7 +43,7 @@ class Magnitude:
         found = [step for step in walk(steps) if isinstance(step, (RandAugment, v1.RandAugment, v2.RandAugment))]
         for operation in (operation for step in found for operation in getattr(step, "ops", ())):
             if operation.aug_fn is posterize:
-                operation.aug_fn = _posterize
+                operation.aug_fn = posterize_at_zero
         return cls(found, off_at_zero) if found else None
 
     @property

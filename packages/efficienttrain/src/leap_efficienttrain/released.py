@@ -73,8 +73,7 @@ RECIPES = {
 }
 ALIASES = {
     **{name: f"{name}_patch16_224" for name in ("deit_tiny", "deit_small")},
-    **{name: next(key for key in RECIPES if f"_{name[6:]}_" in key) for name in ("cswin_tiny", "cswin_small")},
-    "cswin_base": "CSWin_96_24322_base_224",
+    **{f"cswin_{name.split('_')[3]}": name for name in RECIPES if name.startswith("CSWin")},
     **{f"swin_{width}_patch4_window7_224": f"swin_{width}" for width in ("tiny", "small", "base")},
 }
 

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from leap_efficienttrain.changes import Change, change_between, graft, replace
-from leap_efficienttrain.families import Family, How, family_of, multiple_of, rebuilt_pair, resized_pair, size_of
+from leap_efficienttrain.families import How, family_of, multiple_of, rebuilt_pair, resized_pair, size_of
 from leap_efficienttrain.tables import ImageSize, Size, as_size, shown
 from leap_shared.errors import UserError
 
@@ -34,8 +34,8 @@ class _Part:
 
     def __init__(self, path: str, module: nn.Module, rebuild: Callable[[Any], nn.Module] | None = None) -> None:
         self.path, self.module, self.rebuild = path, module, rebuild
-        self.family: Family | None = None if rebuild else family_of(module)
-        self.multiple = 1 if rebuild else multiple_of(module, self.family)
+        self.family = family_of(module)
+        self.multiple = multiple_of(module, self.family)
 
     def change(self, old: Size, new: Size) -> Change:
         """What differs between the two sizes."""
@@ -150,8 +150,8 @@ class Flexible:
         if foreign and missing:
             raise UserError(
                 f"the optimizer does not hold {', '.join(missing[:3])} of the model, but {len(foreign)} tensors that "
-                "are not the model's: it is stale after set_input_size, or belongs to another model; make the optimizer "
-                "after the last set_input_size, and change sizes by Flexible.set_size alone"
+                "are not the model's: it is stale after set_input_size, or belongs to another model; make the optimizer"
+                " after the last set_input_size, and change sizes by Flexible.set_size alone"
             )
 
 

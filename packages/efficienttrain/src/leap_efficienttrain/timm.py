@@ -9,19 +9,14 @@ from typing import Any, Literal
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from leap_efficienttrain.adapters import (
-    Session,
-    check_even,
-    check_half_precision,
-    check_no_replay,
-    dataset_length,
-    set_rate,
-)
+from leap_efficienttrain.adapters import Session
 from leap_efficienttrain.curriculum import Curriculum
 from leap_efficienttrain.launch import launch_commands
+from leap_efficienttrain.live import live
+from leap_efficienttrain.loops import check_even, check_half_precision, check_no_replay, dataset_length, set_rate
 from leap_shared.errors import UserError
 
-__all__ = ["CurriculumScheduler", "launch_commands", "patch_args"]
+__all__ = ["CurriculumScheduler", "launch_commands", "live", "patch_args"]
 
 
 def patch_args(args: Namespace, curriculum: Curriculum, world: int | None = None) -> Namespace:
@@ -77,7 +72,7 @@ def patch_args(args: Namespace, curriculum: Curriculum, world: int | None = None
     return args
 
 
-class CurriculumScheduler(Scheduler):
+class CurriculumScheduler(Scheduler):  # type: ignore[misc, unused-ignore]
     """Takes the place of timm's learning-rate scheduler, and drives size, augmentation and batch as well.
 
     `step(epoch)` goes to a pass over the data, `step_update(updates)` sets the rate within it, as train.py calls them.
@@ -182,7 +177,7 @@ def _check_fit(curriculum: Curriculum) -> None:
 def _set_batch(loader: Any, size: int) -> None:
     """Batches of another size from the next `iter` on; workers stay."""
     sampler = getattr(getattr(loader, "loader", loader), "batch_sampler", None)
-    if not isinstance(getattr(sampler, "batch_size", None), int):
+    if sampler is None or not isinstance(getattr(sampler, "batch_size", None), int):
         kind = type(getattr(loader, "loader", loader)).__name__
         raise UserError(f"the batches of a {kind} cannot change: take a DataLoader, with persistent workers if need be")
     sampler.batch_size = size

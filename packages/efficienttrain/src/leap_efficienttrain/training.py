@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
+import statistics
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from leap_efficienttrain.cache import open_pictures
 from leap_efficienttrain.checkpoints import load_checkpoint
 from leap_efficienttrain.cost import gmac
 from leap_efficienttrain.curriculum import Curriculum
@@ -25,7 +29,7 @@ from leap_shared import files
 from leap_shared.checkpoints import CheckpointFolder
 from leap_shared.devices import resolve_device
 from leap_shared.errors import UserError
-from leap_shared.vision import Source, TrainConfig, Trainer, open_source
+from leap_shared.vision import Source, TrainConfig, Trainer
 from leap_shared.vision.data import derive, isolated
 from leap_shared.vision.learner import LossFunction
 from leap_shared.vision.sources import class_names
@@ -42,9 +46,10 @@ class StageReport:
     Attributes:
         stage, size, magnitude: of the curriculum.
         updates: of the weights.
-        seconds: of training, without validation.
-        images_per_second: that were trained on, replayed ones too.
-        speedup: seconds per picture at the base size over those of this stage; None where no stage had the base size.
+        seconds: of training, without validation; None where no two updates of a pass could be timed.
+        images_per_second: that were trained on, replayed ones too; None as above.
+        speedup: seconds per picture at the base size over those of this stage; None as above, or where no stage has the
+            base size.
         compute_speedup: the same in operations.
     """
 
@@ -52,8 +57,8 @@ class StageReport:
     size: int
     magnitude: int | float
     updates: int
-    seconds: float
-    images_per_second: float
+    seconds: float | None
+    images_per_second: float | None
     speedup: float | None
     compute_speedup: float
 
@@ -73,6 +78,11 @@ class Clock:
             self.timed[stage] = [updates + 1, seconds + now - self._since[1]]
         self._since = (stage, now)
 
+    def seconds_per_update(self, stage: int) -> float:
+        """Mean of the timed updates of a stage."""
+        updates, seconds = self.timed[stage]
+        return seconds / updates
+
     def pause(self) -> None:
         """What comes now is no training."""
         self._since = None
@@ -85,6 +95,13 @@ class Clock:
         """Go on from what was timed."""
         self.timed = {int(stage): list(values) for stage, values in state["timed"].items()}
         self._since = None
+
+
+def _read(path: Path) -> Curriculum:
+    """A curriculum that was accepted before, so that it needs no warning again."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the last stage trains", UserWarning)
+        return Curriculum.from_yaml(path)
 
 
 class _Held:
@@ -147,7 +164,9 @@ class CurriculumTrainer:
         self._check_folder()
         world, where = int(os.environ.get("WORLD_SIZE", "1")), config.data
         columns = (where.image_column, where.label_column)
-        source = train_data or open_source(where.train, where.train_split, *columns)
+        source = train_data or open_pictures(where.train, where.train_split, *columns)
+        if validation_data is None and where.validation is not None:
+            validation_data = open_pictures(where.validation, where.validation_split, *columns)
         self.plan = curriculum.plan(len(source), world)
         self.states = self.plan.states
         first, self._allow = self.states[0], allow_resample
@@ -186,6 +205,7 @@ class CurriculumTrainer:
             rank=int(os.environ.get("RANK", "0")),
             world=world,
             device=resolve_device(device),
+            split=math.gcd(32, *(leg.micro_batch for leg in self.plan.legs if leg.stage.replay > 1)),
         )
         self.clock = Clock()
         decay, layers = config.optimiser.weight_decay, config.optimiser.layer_decay
@@ -228,12 +248,12 @@ class CurriculumTrainer:
         held = _Held()
         if CheckpointFolder(folder / "checkpoints").restore({"trainer": held}) is None:
             raise UserError(f"{folder} has no checkpoints: give the folder of a training")
-        self.flexible.set_size(Curriculum.from_yaml(folder / CURRICULUM).stages[-1].size)
+        self.flexible.set_size(_read(folder / CURRICULUM).stages[-1].size)
         for name, part in self.trainer.learner.parts.items():
             part.load_state_dict(held.state[name])
 
     def load(self, checkpoint: Path) -> None:
-        """Take the weights of a file, of any size, with a new head where it has other classes; see `load_checkpoint`."""
+        """Take the weights of a file of any size, with a new head where it has other classes."""
         load_checkpoint(checkpoint, self.trainer.model, new_head=True)
         if self.trainer.learner.ema is not None:
             self.trainer.learner.ema.set(self.trainer.model)
@@ -241,28 +261,28 @@ class CurriculumTrainer:
     def report(self) -> list[StageReport]:
         """What each stage took until now, beside what its operations promise."""
         costs = {size: gmac(self.trainer.model, size) for size in {leg.stage.size for leg in self.plan.legs}}
-        timed = [(leg, self.clock.timed[leg.index]) for leg in self.plan.legs if leg.index in self.clock.timed]
-        per_picture = [(leg, seconds / (updates * leg.batch)) for leg, (updates, seconds) in timed]
-        base = self.curriculum.base_size
-        full = [seconds for leg, seconds in per_picture if leg.stage.size == base]
-        mean = sum(full) / len(full) if full else None
+        base, legs = self.curriculum.base_size, self.plan.legs
+        full_cost = costs.get(base) or gmac(self.trainer.model, base)
+        timed = [leg for leg in legs if leg.index in self.clock.timed]
+        seconds = {leg.index: self.clock.seconds_per_update(leg.index) / leg.batch for leg in timed}
+        full = [seconds[leg.index] for leg in timed if leg.stage.size == base]
         return [
             StageReport(
                 stage=leg.index + 1,
                 size=leg.stage.size,
                 magnitude=leg.stage.randaug,
                 updates=leg.updates or 0,
-                seconds=seconds * leg.batch * (leg.updates or 0),
-                images_per_second=1 / seconds,
-                speedup=None if mean is None else mean / seconds,
-                compute_speedup=costs.get(base, gmac(self.trainer.model, base)) / costs[leg.stage.size],
+                seconds=seconds[leg.index] * leg.batch * (leg.updates or 0) if leg.index in seconds else None,
+                images_per_second=1 / seconds[leg.index] if leg.index in seconds else None,
+                speedup=statistics.fmean(full) / seconds[leg.index] if full and leg.index in seconds else None,
+                compute_speedup=full_cost / costs[leg.stage.size],
             )
-            for leg, seconds in per_picture
+            for leg in legs
         ]
 
     def _check_folder(self) -> None:
         former = self.out / CURRICULUM
-        if former.exists() and (odd := self.curriculum.differences(Curriculum.from_yaml(former))):
+        if former.exists() and (odd := self.curriculum.differences(_read(former))):
             raise UserError(
                 f"{self.out} holds the run of another curriculum ({'; '.join(odd[:5])}): take that one, "
                 f"{former}, or another folder"

@@ -83,14 +83,14 @@ def build_transform(data: DataConfig, augmentation: AugmentationConfig | None = 
     for step in transform.transforms:
         for operation in (*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))):
             if operation.aug_fn is posterize:
-                operation.aug_fn = _posterize
+                operation.aug_fn = posterize_at_zero
     if augmentation is not None and augmentation.crop_padding is not None:
         transform.transforms[0] = transforms.RandomCrop(data.image_size, padding=augmentation.crop_padding)
     ready: Transform = transform
     return ready
 
 
-def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+def posterize_at_zero(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     """timm's, where it keeps no bit too, which newer Pillow refuses: the picture becomes black, as with older ones."""
     kept: Image.Image = posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
     return kept

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leap_efficienttrain.ops import cpu, cpu_pictures, reference
-from leap_efficienttrain.ops.weights import lanczos_sizes
+from leap_efficienttrain.ops.weights import Length, lanczos_sizes
 from leap_shared.ops import operator
 
 __all__ = ["lanczos_resize", "low_frequency_crop", "low_frequency_crop_adjoint", "prepare"]
@@ -37,7 +37,7 @@ def low_frequency_crop(
 
 
 @low_frequency_crop.fake
-def _square(x: Tensor, size: int, gain: float, amp: bool) -> Tensor:
+def _square(x: Tensor, size: Length, gain: float, amp: bool) -> Tensor:
     del gain, amp
     return x.new_empty(*x.shape[:2], size, size)
 
@@ -71,7 +71,7 @@ def low_frequency_crop_adjoint(
 
 
 @low_frequency_crop_adjoint.fake
-def _rectangle(gradient: Tensor, height: int, width: int, gain: float, amp: bool) -> Tensor:
+def _rectangle(gradient: Tensor, height: Length, width: Length, gain: float, amp: bool) -> Tensor:
     del gain, amp
     return gradient.new_empty(*gradient.shape[:2], height, width)
 
@@ -95,12 +95,12 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 @low_frequency_crop.backward(_remember)
 def _crop_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return low_frequency_crop_adjoint(gradient, *ctx.given, *ctx.options), None, None, None
+    return low_frequency_crop_adjoint.overload(gradient, *ctx.given, *ctx.options), None, None, None
 
 
 @low_frequency_crop_adjoint.backward(_remember)
 def _adjoint_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return low_frequency_crop(gradient, ctx.given[0], *ctx.options), None, None, None, None
+    return low_frequency_crop.overload(gradient, ctx.given[0], *ctx.options), None, None, None, None
 
 
 @operator("leap_efficienttrain::lanczos_resize")
@@ -112,8 +112,8 @@ def lanczos_resize(
 
 
 @lanczos_resize.fake
-def _resized(images: Tensor, height: int, width: int) -> Tensor:
-    return images.new_empty(len(images), height, width, images.shape[3])
+def _resized(images: Tensor, height: Length, width: Length) -> Tensor:
+    return images.new_empty(images.shape[0], height, width, images.shape[3])
 
 
 def _few_taps(images: Tensor, height: int, width: int) -> bool | str:
@@ -157,11 +157,11 @@ def prepare(
 
 
 @prepare.fake
-def _prepared(images: Tensor, size: int, mean: object, std: object, method: str, dtype: torch.dtype) -> Tensor:
+def _prepared(images: Tensor, size: Length, mean: object, std: object, method: str, dtype: torch.dtype) -> Tensor:
     del mean, std
     height, width = images.shape[1:3]
     shape = {"lanczos": lanczos_sizes(height, width, size), "fourier": (size, size)}.get(method, (height, width))
-    return images.new_empty(len(images), images.shape[3], *shape, dtype=dtype)
+    return images.new_empty(images.shape[0], images.shape[3], *shape, dtype=dtype)
 
 
 def _few_taps_or_none(images: Tensor, size: int, mean: object, std: object, method: str, dtype: object) -> bool | str:

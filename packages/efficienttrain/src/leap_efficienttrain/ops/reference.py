@@ -36,7 +36,7 @@ def crop(x: Images, size: int, gain: float) -> Squares:
     rows, columns = _lowest(height, size, x.device), _lowest(width, size, x.device)
     kept = spectrum[:, :, rows[:, None], columns] * (gain * size**2 / (height * width))
     pixels: Tensor = torch.fft.ifft2(kept)
-    return pixels.real.to(x.dtype)
+    return pixels.real.to(x.dtype).contiguous()
 
 
 def adjoint(gradient: Squares, height: int, width: int, gain: float) -> Images:
@@ -47,7 +47,7 @@ def adjoint(gradient: Squares, height: int, width: int, gain: float) -> Images:
     places = (rows[:, None] * width + columns).flatten()
     padded = spectrum.new_zeros(*spectrum.shape[:2], height * width).index_copy(2, places, spectrum.flatten(2))
     pixels: Tensor = torch.fft.ifft2(padded.reshape(*spectrum.shape[:2], height, width))
-    return pixels.real.to(gradient.dtype)
+    return pixels.real.to(gradient.dtype).contiguous()
 
 
 def _pass(x: Tensor, size: int, axis: int) -> Tensor:
@@ -60,7 +60,7 @@ def _pass(x: Tensor, size: int, axis: int) -> Tensor:
 
 def lanczos(images: Pictures, height: int, width: int) -> UInt8[Tensor, "batch new_height new_width channels"]:
     """Pillow's Lanczos: rows are resized and rounded to bytes, then columns."""
-    return _pass(_pass(images.double(), width, 2), height, 1).to(torch.uint8)
+    return _pass(_pass(images.double(), width, 2), height, 1).to(torch.uint8).contiguous()
 
 
 def normalize(x: Images, mean: Sequence[float], std: Sequence[float]) -> Images:

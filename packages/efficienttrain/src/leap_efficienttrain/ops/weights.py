@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["LANCZOS_BITS", "CropAxis", "crop_axis", "lanczos_sizes", "lanczos_table"]
+__all__ = ["LANCZOS_BITS", "CropAxis", "Length", "crop_axis", "lanczos_sizes", "lanczos_table"]
 
 LANCZOS_BITS = 22
 """Weights are multiples of 2**-22."""
@@ -93,7 +94,7 @@ def lanczos_table(length: int, size: int) -> NDArray[np.int32]:
     return table
 
 
-def lanczos_sizes(height: Length, width: Length, size: Length) -> tuple[Length, Length]:
+def lanczos_sizes(height: Length, width: Length, size: Length) -> tuple[Any, Any]:
     """Height and width of a picture whose shorter side becomes `size` and whose longer keeps the proportion."""
     if height <= width:
         return size, size * width // height

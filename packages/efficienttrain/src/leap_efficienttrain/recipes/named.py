@@ -16,7 +16,7 @@ from leap_shared.errors import UserError, did_you_mean
 from leap_shared.vision.bodies.grids import Number
 from leap_shared.vision.config import OptimiserConfig
 
-__all__ = ["get", "names"]
+__all__ = ["for_model", "get", "names"]
 
 RELEASED = "the released launch scripts, for 8 GPUs"
 
@@ -56,6 +56,24 @@ def get(name: str, epochs: Number | None = None, base_size: int | None = None, *
         method = "et:iccv" if recipe.curriculum.unit == "epochs" else "et++"
         recipe = replace(recipe, figures=training_figures(recipe.model, method, epochs))
     return recipe
+
+
+def for_model(model: str) -> Recipe:
+    """The released recipe of EfficientTrain++ for a model; for any other model its curriculum with AdamW.
+
+    Args:
+        model: official name, or one of timm's.
+    """
+    released = next(
+        (recipe for recipe in _all().values() if model in (recipe.name, recipe.model, recipe.timm_name)), None
+    )
+    if released is not None:
+        return released
+    settings = TrainSettings(amp="bf16", optimiser=OptimiserConfig("adamw", weight_decay=0.05))
+    curriculum = Curriculum.preset("et++", micro_batch=128)
+    return Recipe(
+        model, model, curriculum, settings, "EfficientTrain++'s curriculum with AdamW; no script was released"
+    )
 
 
 @functools.cache

@@ -33,7 +33,7 @@ class Plan(CurriculumFlags):
     """Count the pictures of this data set in place of --samples."""
     gpus: int = 1
     """Processes."""
-    baseline_epochs: float = 300
+    baseline_epochs: float = 300.0
     """Of the ordinary training that it is compared with."""
     images_per_second: float | None = None
     """Of the ordinary training at full size, over all processes: the loader's demand is then in pictures per second."""
@@ -44,8 +44,8 @@ class Plan(CurriculumFlags):
 
     def run(self, context: Context) -> object:
         """Predict."""
+        from leap_efficienttrain.cache import open_pictures
         from leap_efficienttrain.cost import step_seconds
-        from leap_shared.vision import open_source
         from leap_shared.vision.running import data_part
 
         samples = self.samples
@@ -53,7 +53,7 @@ class Plan(CurriculumFlags):
             train = data_part(self.data, "train")
             if train is None:
                 raise UserError(f"{self.data} has no folder train: give the folder of the training pictures")
-            samples = len(open_source(train))
+            samples = len(open_pictures(train))
         curriculum = self.chosen(self.model)
         rate = self.images_per_second
         timed: dict[int, float] = {}

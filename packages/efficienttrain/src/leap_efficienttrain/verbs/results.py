@@ -16,8 +16,8 @@ __all__ = ["Bench", "Demo"]
 class Bench(Command):
     """Measure crops, down-sampling, loaders and training steps beside their peers, interleaved.
 
-    Parts are crop (with its gradient), lanczos, loader and step; each writes its table, picture and the machine's stamp.
-    On a CPU one thread is timed by its own clock.
+    Parts are crop (with its gradient), lanczos, loader and step; each writes a table, a picture and the machine's
+    stamp. On a CPU one thread is timed by its own clock.
 
     Examples:
         leap-efficienttrain bench --parts crop loader --threads 1
@@ -53,7 +53,7 @@ class Demo(Command):
         leap-efficienttrain demo --quick
     """
 
-    seeds: int = 5
+    seeds: int = 6
     """How many seeds, each with its own split, weights and batches; the first is --seed."""
     quick: bool = False
     """A smoke test with two seeds: shows that everything runs, says nothing about the claim."""
@@ -61,6 +61,10 @@ class Demo(Command):
     """Training pictures of your own in place of the bundled ones: a folder of class folders, shards or an .npz file."""
     validation: str | None = None
     """Pictures to test on, with --data."""
+    side: int = 96
+    """Full size in pixels, with --data."""
+    epochs: float = 4.0
+    """Epochs of the ordinary training, with --data."""
 
     def run(self, context: Context) -> object:
         """Run the experiment."""
@@ -71,7 +75,11 @@ class Demo(Command):
         if self.quick and self.seeds != type(self).seeds:
             raise UserError("--quick has two seeds: leave out --seeds")
         torch.set_num_threads(1)
+        if (self.data is None) != (self.validation is None) or (self.quick and self.data is not None):
+            raise UserError("--data and --validation go together, and without --quick")
         seeds = tuple(range(self.seed, self.seed + self.seeds))
         settings = demo.Settings.quick(self.seed) if self.quick else demo.Settings(seeds=seeds)
+        if self.data is not None and self.validation is not None:
+            settings = demo.Settings.of(self.data, self.validation, self.side, self.epochs, seeds=seeds)
         result = demo.run(settings, context)
         return result if self.json else demo.table(result)

@@ -228,7 +228,9 @@ class Search(PictureFlags):
         train = SearchTraining(config, context.out / "trials", self.device, self.augment_at)
         runner = "ray" if self.ray else None
         log = context.out / "trials.jsonl"
-        result = searching.run(train, workers=self.workers_search, runner=runner, log=log, reporter=context)
+        own = {"recipe": recipe.name, "model": recipe.model, "data": self.data, "augment_at": self.augment_at}
+        options = {"workers": self.workers_search, "runner": runner, "log": log, "settings": own, "reporter": context}
+        result = searching.run(train, **options)
         result.curriculum.to_yaml(context.out / "curriculum.yaml")
         context.log(str(result).splitlines()[-1])
         return [asdict(stage) for stage in result.curriculum.stages]
