@@ -19,7 +19,7 @@ import leap_efficienttrain as et
 from leap_shared.vision.config import AugmentationConfig
 
 SIZE, BATCH, TRAINING = 32, 30, 600
-AUGMENTATION = AugmentationConfig(scale=(0.6, 1.0), flip=0.0, erasing=0.0)
+AUGMENTATION = AugmentationConfig(scale=(0.8, 1.0), flip=0.0, erasing=0.0)
 
 
 class Digits:
@@ -52,8 +52,8 @@ def make_model(seed: int = 0) -> nn.Module:
 
 def make_curriculum(epochs: float, **changes: Any) -> et.Curriculum:
     """Three stages of equal compute, as cheap as `epochs` passes at 32 pixels."""
-    stages = tuple(et.Stage(1 / 3, size, magnitude) for size, magnitude in ((16, 1), (24, 3), (32, 5)))
-    lr = et.LearningRate(base=2e-3, warmup_share=0.1)
+    stages = tuple(et.Stage(1 / 3, size, magnitude) for size, magnitude in ((16, 0), (24, 1), (32, 2)))
+    lr = et.LearningRate(base=4e-3, warmup_share=0.1)
     return et.Curriculum(stages, epochs, SIZE, **{"arithmetic": "continuous", "batch": BATCH, "lr": lr, **changes})
 
 

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
         args.batch_size,
         is_training=True,
         auto_augment=args.aa,
-        scale=(0.6, 1.0),
+        scale=(0.8, 1.0),
         hflip=0.0,
         num_workers=0,
         device=torch.device("cpu"),

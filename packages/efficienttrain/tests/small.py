@@ -6,10 +6,13 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import leap_efficienttrain.curriculum as curricula
+from leap_efficienttrain.loops import downsample
+from leap_efficienttrain.sizes import flexible
 from leap_efficienttrain.stages import LearningRate, Stage
 
 SIZES, BASE, SAMPLES, BATCH = (16, 32), 32, 24, 8
@@ -51,6 +54,24 @@ def pictures(count: int = SAMPLES, seed: int = 0, size: int = BASE) -> tuple[Ten
     labels = torch.arange(count) % 4
     images = torch.randn(count, 3, size, size, generator=generator) * 0.5
     return images + labels[:, None, None, None] - 1.5, labels
+
+
+def plain_training(order: list[int], decay: float = 0.01) -> tuple[nn.Module, list[float]]:
+    """What the curriculum trains without any adapter, on batches of these pictures over and over; and the losses."""
+    model, cur, losses = vit(), curriculum(), []
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=decay)
+    flex, plan, (images, labels) = flexible(model, optimizer), cur.plan(SAMPLES), pictures()
+    for update in range(plan.updates):
+        flex.set_size(plan.at(update).size)
+        optimizer.param_groups[0]["lr"] = plan.lr(update)
+        first = update * BATCH % SAMPLES
+        rows = order[first : first + BATCH]
+        loss = F.cross_entropy(model(downsample(images[rows], plan.at(update).size)), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
 
 
 class Rows(Dataset[Any]):

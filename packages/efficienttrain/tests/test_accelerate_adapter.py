@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from small import BASE, SAMPLES, SIZES, UPDATES, Rows, curriculum, vit
+from small import BASE, SAMPLES, SIZES, UPDATES, Rows, curriculum, plain_training, vit
 from torch.utils.data import DataLoader
 
 from leap_efficienttrain.accelerate import Run, wrap
@@ -106,6 +106,12 @@ def test_another_loader_gives_pictures_of_the_base_size_which_become_small() -> 
     run.model.patch_embed.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[-1]))
     train(run)
     assert sizes == [16] * 2 * UPDATES[0] + [32] * 2 * UPDATES[1]
+
+
+def test_a_run_trains_what_a_loop_without_accelerate_trains() -> None:
+    run = made(DataLoader(Rows(), batch_size=8))
+    seen = train(run)
+    assert [loss for _, _, loss in seen] == plain_training(list(range(SAMPLES)))[1]
 
 
 def test_another_loader_goes_on_in_the_middle_of_a_pass(tmp_path: Path) -> None:

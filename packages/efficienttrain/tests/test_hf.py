@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small import SAMPLES, SIZES, UPDATES, ConvNet, Rows, curriculum, vit
+from small import SAMPLES, SIZES, UPDATES, ConvNet, Rows, curriculum, plain_training, vit
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
@@ -72,7 +72,7 @@ def trainer(out: Path, model: nn.Module | None = None, stop: int | None = None, 
     return Trainer(model=model, args=arguments, callbacks=callbacks, **data)
 
 
-def losses(found: Trainer) -> list[tuple[float, float]]:
+def losses_of(found: Trainer) -> list[tuple[float, float]]:
     rows = [row for row in found.state.log_history if "loss" in row]
     return [(row["loss"], row["learning_rate"]) for row in rows]
 
@@ -85,6 +85,17 @@ def test_one_train_goes_through_all_stages(tmp_path: Path) -> None:
     assert found.model.network.pos_embed.shape == (1, 65, 24)
 
 
+def test_a_training_is_what_a_loop_without_the_trainer_trains(tmp_path: Path) -> None:
+    found = trainer(tmp_path, save_strategy="no", max_grad_norm=0.0)
+    order = list(range(SAMPLES))
+    found._get_train_sampler = lambda *_: order
+    found.train()
+    expected, losses = plain_training(order, decay=0.0)
+    assert [loss for loss, _ in losses_of(found)] == pytest.approx(losses, abs=1e-4)
+    for mine, theirs in zip(found.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-5)
+
+
 def test_the_rates_used_and_logged_are_the_curriculums(tmp_path: Path) -> None:
     found = trainer(tmp_path, save_strategy="no")
     used: list[float] = []
@@ -93,18 +104,18 @@ def test_the_rates_used_and_logged_are_the_curriculums(tmp_path: Path) -> None:
     plan = curriculum().plan(SAMPLES)
     expected = [plan.lr(update) for update in range(plan.updates)]
     assert used == pytest.approx(expected)
-    assert [rate for _, rate in losses(found)] == pytest.approx(expected)
+    assert [rate for _, rate in losses_of(found)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("stop", [2, UPDATES[0], UPDATES[0] + 1])
-def test_a_training_that_stopped_anywhere_goes_on_to_the_same_losses(stop: int, tmp_path: Path) -> None:
+def test_a_training_that_stopped_anywhere_goes_on_to_the_same_losses_of(stop: int, tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", save_strategy="no")
     whole.train()
     trainer(tmp_path / "run", stop=stop).train()
     other = trainer(tmp_path / "run")
     seen = sides(other)
     other.train(resume_from_checkpoint=True)
-    assert losses(other) == losses(whole)
+    assert losses_of(other) == losses_of(whole)
     assert seen == ([SIZES[0]] * UPDATES[0] + [SIZES[1]] * UPDATES[1])[stop:]
 
 
@@ -127,7 +138,7 @@ def test_evaluation_between_updates_changes_no_bit_of_the_training(tmp_path: Pat
     model = Classifier(vit())
     found = trainer(tmp_path / "judged", model, eval_strategy="steps", eval_steps=1)
     found.train()
-    assert losses(found) == losses(plain)
+    assert losses_of(found) == losses_of(plain)
     assert len([row for row in found.state.log_history if "eval_loss" in row]) == sum(UPDATES)
 
 

@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from small import SAMPLES, SIZES, UPDATES, ConvNet, Rows, curriculum, vit
+from small import SAMPLES, SIZES, UPDATES, ConvNet, Rows, curriculum, plain_training, vit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -104,6 +104,14 @@ def test_one_fit_goes_through_all_stages(tmp_path: Path) -> None:
     assert [side for side, _, _ in module.seen] == [SIZES[0]] * UPDATES[0] + [SIZES[1]] * UPDATES[1]
     assert [rate for _, rate, _ in module.seen] == [plan.lr(update) for update in range(plan.updates)]
     assert trainer.global_step == plan.updates
+
+
+def test_a_fit_trains_what_a_loop_without_lightning_trains(tmp_path: Path) -> None:
+    module, _ = fitted(tmp_path)
+    expected, losses = plain_training(list(Order()))
+    assert [loss for _, _, loss in module.seen] == losses
+    for mine, theirs in zip(module.model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("stop", [3, UPDATES[0]])

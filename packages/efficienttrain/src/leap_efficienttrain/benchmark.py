@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -170,10 +170,11 @@ def _crop(settings: Settings, context: Context) -> Iterator[Case]:
             others[FLOOR] = partial(infer, _floor, x, x.new_empty(crop.batch, 3, size, size))
             wanted = {REFERENCE: GPU_TARGET if gpu else target}
             yield Case(title, partial(infer, low_frequency_crop, x, size), others, wanted)
-            leaf = x.clone().requires_grad_()
+            few = x if gpu else x[: max(crop.batch // 4, 1)]  # a training step takes several times as long
+            leaf = few.clone().requires_grad_()
             steps = {name: training_step(partial(call, leaf, size), (leaf,)) for name, call in calls.items()}
             yield Case(
-                f"forward and backward, {title}",
+                f"forward and backward, crop of {len(few)} pictures, {crop.side} to {size}",
                 training_step(partial(low_frequency_crop, leaf, size), (leaf,)),
                 steps,
                 {REFERENCE: GPU_TARGET if gpu else 1.0},
@@ -194,8 +195,9 @@ def _lanczos(settings: Settings, context: Context) -> Iterator[Case]:
         title = f"{len(images)} pictures, {side} to {size}"
         ours = partial(infer, lanczos_resize, images, size)
         yield Case(f"Lanczos of {title}", ours, {PILLOW: partial(_pillow, pictures, size)}, dtype="uint8")
-        for method in ("lanczos", "fourier"):
-            fused = partial(infer, prepare, images, size, method=method, dtype=dtype)
+        methods: tuple[Literal["lanczos", "fourier"], ...] = ("lanczos", "fourier")
+        for method in methods:
+            fused = partial(infer, partial(prepare, images, size, method=method, dtype=dtype))
             out = torch.empty(len(images), 3, size, size, dtype=dtype, device=context.device)
             apart = partial(infer, _apart, images, size, method, dtype)
             others = {"step by step": apart, FLOOR: partial(infer, _floor, images, out)}

@@ -53,10 +53,10 @@ def _tables(height: int, width: int, size: int, dtype: torch.dtype) -> tuple[Ten
         return tuple(torch.from_numpy(array.copy(order="C")).to(dtype) for array in arrays)
 
 
-def _multiplied(x: Tensor, left: Tensor, right: Tensor, given: Tensor, wanted: Tensor) -> Tensor:
+def _multiplied(x: Tensor, left: Tensor, right: Tensor, given: Tensor, wanted: Tensor, out: Tensor | None) -> Tensor:
     """The matrices around x: left x right + (given . x) wanted, for images (images, rows, columns)."""
-    single = torch.mv(x.flatten(1), given)
-    out = torch.outer(single, wanted).view(len(x), len(left), right.shape[1])
+    out = x.new_empty(len(x), len(left), right.shape[1]) if out is None else out
+    torch.outer(torch.mv(x.flatten(1), given), wanted, out=out.view(len(x), -1))
     if left.shape[0] * x.shape[2] <= x.shape[1] * right.shape[1]:
         short = torch.bmm(left.expand(len(x), -1, -1), x)
         out.view(-1, right.shape[1]).addmm_(short.view(-1, x.shape[2]), right)
@@ -104,8 +104,8 @@ def _transformed_adjoint(gradient: Tensor, height: int, width: int) -> Tensor:
     return out
 
 
-def cropped(x: Tensor, size: int) -> Tensor:
-    """The crop of a few images (images, height, width), contiguous, in float32 or float64."""
+def cropped(x: Tensor, size: int, out: Tensor | None = None) -> Tensor:
+    """The crop of a few images (images, height, width), contiguous, in float32 or float64; it may be put into `out`."""
     shape = (x.shape[1], x.shape[2], size)
     how = form(*shape[:2], x.dtype)
     if how == "folded":
@@ -113,11 +113,11 @@ def cropped(x: Tensor, size: int) -> Tensor:
     if how == "transformed":
         return _transformed(x, size)
     left, right, given, wanted = _tables(*shape, x.dtype)
-    return _multiplied(x, left, right, given, wanted)
+    return _multiplied(x, left, right, given, wanted, out)
 
 
-def spread(gradient: Tensor, height: int, width: int) -> Tensor:
-    """The adjoint for a few images (images, size, size), contiguous, in float32 or float64."""
+def spread(gradient: Tensor, height: int, width: int, out: Tensor | None = None) -> Tensor:
+    """The adjoint for a few images (images, size, size), as `cropped`."""
     shape = (height, width, gradient.shape[2])
     how = form(height, width, gradient.dtype)
     if how == "folded":
@@ -125,17 +125,22 @@ def spread(gradient: Tensor, height: int, width: int) -> Tensor:
     if how == "transformed":
         return _transformed_adjoint(gradient, height, width)
     left, right, given, wanted = _tables(*shape, gradient.dtype)
-    return _multiplied(gradient, left.mT, right.mT, wanted, given)
+    return _multiplied(gradient, left.mT, right.mT, wanted, given, out)
 
 
-def _through(x: Tensor, out: Tensor, gain: float, numbers: int, step: Callable[[Tensor], Tensor]) -> Tensor:
+def _through(
+    x: Tensor, out: Tensor, gain: float, numbers: int, step: Callable[[Tensor, Tensor | None], Tensor]
+) -> Tensor:
     """Take a batch through `step`, a few images at a time, as one dimension and contiguous."""
     for part, target in parts(x, out, max(numbers // max(x.shape[1], 1), 1)):
         flat = part.flatten(0, 1).to(widest(x.dtype)).contiguous()
         wanted = target.flatten(0, 1)
         for images, place in parts(flat, wanted, numbers):
-            found = step(images)
-            place.copy_(found if gain == 1.0 else found.mul_(gain))
+            found = step(images, place if place.dtype == images.dtype else None)
+            if gain != 1.0:
+                found.mul_(gain)
+            if found is not place:
+                place.copy_(found)
     return out
 
 
@@ -151,7 +156,7 @@ def crop(x: Tensor, size: int, gain: float) -> Tensor:
     numbers = NUMBERS[form(height, width, widest(x.dtype))]
     images = few(x.shape[0] * x.shape[1], height * width, numbers)
     out = x.new_empty(*x.shape[:2], size, size)
-    return _through(x, out, gain, images, lambda part: cropped(part, size))
+    return _through(x, out, gain, images, lambda part, place: cropped(part, size, place))
 
 
 def adjoint(gradient: Tensor, height: int, width: int, gain: float) -> Tensor:
@@ -159,4 +164,4 @@ def adjoint(gradient: Tensor, height: int, width: int, gain: float) -> Tensor:
     numbers = NUMBERS[form(height, width, widest(gradient.dtype))]
     images = few(gradient.shape[0] * gradient.shape[1], height * width, numbers)
     out = gradient.new_empty(*gradient.shape[:2], height, width)
-    return _through(gradient, out, gain, images, lambda part: spread(part, height, width))
+    return _through(gradient, out, gain, images, lambda part, place: spread(part, height, width, place))

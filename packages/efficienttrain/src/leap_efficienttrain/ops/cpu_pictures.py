@@ -121,7 +121,9 @@ def prepare(
         if method == "lanczos":
             found = _plan(part, *wanted, planar=True)(part.contiguous())
         else:
-            found = torch.empty(len(part), channels, height, width).copy_(part.permute(0, 3, 1, 2))
+            plain = method == "none" and dtype == torch.float32
+            found = target if plain else torch.empty(len(part), channels, height, width)
+            found.copy_(part.permute(0, 3, 1, 2))
         if method == "fourier":
             found = cropped(found.view(-1, height, width), size).view(len(part), channels, size, size)
         torch.add(found.mul_(scale), shift, out=target)

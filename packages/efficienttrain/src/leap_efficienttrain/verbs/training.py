@@ -229,8 +229,8 @@ class Search(PictureFlags):
         runner = "ray" if self.ray else None
         log = context.out / "trials.jsonl"
         own = {"recipe": recipe.name, "model": recipe.model, "data": self.data, "augment_at": self.augment_at}
-        options = {"workers": self.workers_search, "runner": runner, "log": log, "settings": own, "reporter": context}
-        result = searching.run(train, **options)
+        options: dict[str, Any] = {"workers": self.workers_search, "runner": runner, "log": log, "settings": own}
+        result = searching.run(train, **options, reporter=context)
         result.curriculum.to_yaml(context.out / "curriculum.yaml")
         context.log(str(result).splitlines()[-1])
         return [asdict(stage) for stage in result.curriculum.stages]
