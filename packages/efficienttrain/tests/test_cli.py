@@ -116,10 +116,11 @@ def test_training_evaluation_and_conversion(capsys: pytest.CaptureFixture[str], 
     assert [row["size"] for row in done["stages"]] == [32] * 5
     assert done["scores"]["ema"]["images"] == 20
     assert (out / "curriculum.yaml").exists()
-    rows = answer(capsys, "eval", str(out), "--model", "resnet10t", "--data", pictures, "--sizes", "32", "64", "--workers", "0")
+    evaluation = ("eval", str(out), "--model", "resnet10t", "--data", pictures, "--workers", "0")
+    rows = answer(capsys, *evaluation, "--sizes", "32", "64")
     assert [row["size"] for row in rows] == [32, 64]
     assert rows[0]["top1"] == pytest.approx(done["scores"]["weights"]["top1"])
-    cropped = answer(capsys, "eval", str(out), "--model", "resnet10t", "--data", pictures, "--crop", "fourier", "--workers", "0")
+    cropped = answer(capsys, *evaluation, "--crop", "fourier")
     assert cropped[0]["images"] == 20
 
 
@@ -148,7 +149,8 @@ def test_a_search_leaves_a_curriculum_to_train_by(
     capsys: pytest.CaptureFixture[str], pictures: str, tmp_path: Path
 ) -> None:
     flags = ("--model", "resnet10t", "--data", pictures, *SMALL, "--lr", "1e-3", "--out", str(tmp_path / "search"))
-    found = answer(capsys, "search", *flags, "--sizes", "16", "32", "--stages", "2", "--budget", "2", "--fine-tune", "0.5")
+    searched = ("--sizes", "16", "32", "--stages", "2", "--budget", "2", "--fine-tune", "0.5")
+    found = answer(capsys, "search", *flags, *searched)
     assert found[-1]["size"] == 32
     assert Curriculum.from_yaml(tmp_path / "search" / "curriculum.yaml").base_size == 32
 
