@@ -124,12 +124,12 @@ for _package in (*PACKAGES, "tools"):
 @nox.session(default=False)
 @nox.parametrize("package", list(PACKAGES))
 def tests_lowest(session: nox.Session, package: str) -> None:
-    """Run one package's tests with the lowest versions that its metadata allows."""
+    """Run one package's tests, but for the slow ones, with the lowest versions that its metadata allows."""
     session.install("uv")
     lowest = [*editable(package), *group("test", PACKAGES[package]), PARALLEL]
     session.run("uv", "pip", "install", "--resolution", "lowest-direct", *lowest, silent=True)
     session.chdir(PACKAGES[package])
-    pytest(session, "-W", "default")
+    pytest(session, "-W", "default", "-m", "not slow")
 
 
 @nox.session

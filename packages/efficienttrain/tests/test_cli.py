@@ -112,11 +112,12 @@ def test_list_has_the_published_figures(capsys: pytest.CaptureFixture[str]) -> N
 def test_training_evaluation_and_conversion(capsys: pytest.CaptureFixture[str], pictures: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     flags = ("--model", "resnet10t", "--data", pictures, "--curriculum", "et:iccv", "--epochs", "2", *SMALL)
-    done = answer(capsys, "train", *flags, "--lr", "1e-3", "--ema", "0.9", "--no-mixup", "--out", str(out))
+    more = ("--lr", "1e-3", "--ema", "0.9", "--no-mixup", "--amp", "no")
+    done = answer(capsys, "train", *flags, *more, "--out", str(out))
     assert [row["size"] for row in done["stages"]] == [32] * 5
     assert done["scores"]["ema"]["images"] == 20
     assert (out / "curriculum.yaml").exists()
-    evaluation = ("eval", str(out), "--model", "resnet10t", "--data", pictures, "--workers", "0")
+    evaluation = ("eval", str(out), "--data", pictures, "--workers", "0")
     rows = answer(capsys, *evaluation, "--sizes", "32", "64")
     assert [row["size"] for row in rows] == [32, 64]
     assert rows[0]["top1"] == pytest.approx(done["scores"]["weights"]["top1"])
@@ -134,12 +135,14 @@ def test_commands_are_exported(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert text.count("torchrun") == 10
     assert [f"{size}px" in text for size in (96, 160, 224)] == [True] * 3
+    flags = ("--opt adamw", "--mixup 0.8", "--drop-path 0.2", "--clip-grad 5.0", "--amp-dtype float16")
+    assert [flag for flag in flags if text.count(flag) != 10] == []
 
 
 @pytest.mark.slow
 def test_a_cache_is_built_and_trained_on(capsys: pytest.CaptureFixture[str], pictures: str, tmp_path: Path) -> None:
     target = tmp_path / "cache"
-    answer(capsys, "cache", f"{pictures}/train", str(target), "--short-side", "32")
+    assert answer(capsys, "cache", f"{pictures}/train", str(target), "--short-side", "32")["pictures"] == 20
     flags = ("--model", "resnet10t", "--data", str(target), "--curriculum", "constant", "--epochs", "1", *SMALL)
     assert answer(capsys, "train", *flags, "--lr", "1e-3", "--out", str(tmp_path / "run"))["scores"] == {}
 
@@ -169,7 +172,7 @@ def test_a_search_leaves_a_curriculum_to_train_by(
         (("search", "--data", "none", "--model", "resnet18", "--budget", "2"), "judges by validation pictures"),
         (("eval", "none.pth", "--data", "none"), "none.pth"),
         (("convert", "none.pth", "out.pth"), "none.pth"),
-        (("bench", "--parts", "crops"), "part 'crops' is unknown"),
+        (("bench", "crops"), "part 'crops' is unknown"),
         (("demo", "--quick", "--seeds", "3"), "leave out --seeds"),
     ],
 )

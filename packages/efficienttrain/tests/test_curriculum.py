@@ -163,6 +163,15 @@ def test_training_can_begin_at_any_pass():
     assert list(curriculum.epochs(IMAGENET, 8, start=117)) == whole[117:]
 
 
+def test_a_rule_alone_is_a_learning_rate():
+    assert Curriculum.preset("et++", lr="reference").lr == LearningRate("reference")
+
+
+def test_progress_is_known_without_the_size_of_the_data():
+    bare, full = (list(Curriculum.preset("et++").epochs(*given)) for given in ((), (IMAGENET, 8)))
+    assert [state.progress for state in bare] == pytest.approx([state.progress for state in full])
+
+
 def test_policies_have_timms_names():
     state = next(iter(small().epochs()))
     assert (state.randaug, state.size, state.magnitude) == ("rand-m0-mstd0.5-inc1", 96, 0)
@@ -212,6 +221,7 @@ def test_no_preset_warns():
         (lambda: Curriculum.preset("et+"), "known|did you mean"),
         (lambda: Curriculum.preset("et++:swin_huge"), "did you mean"),
         (lambda: Curriculum.preset("et++", epoch=5), "unknown field 'epoch'"),
+        (lambda: Curriculum.preset("et++", base_size=(224, 160)), "expected one whole number"),
         (lambda: Curriculum.preset("et:iccv", replay=True), "no replay buffer was released"),
     ],
 )

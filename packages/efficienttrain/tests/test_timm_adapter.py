@@ -159,6 +159,11 @@ def test_arguments_take_what_holds_for_the_whole_run() -> None:
     assert (args.lr, args.warmup_epochs, args.drop_path) == (4e-3, 0, 0.1)
 
 
+def test_a_policy_keeps_all_but_its_magnitude() -> None:
+    args = patch_args(arguments(aa="rand-n1-m9-mstd0.5-p0.3"), Curriculum.preset("et:iccv", 10))
+    assert args.aa == "rand-m1-n1-mstd0.5-p0.3"
+
+
 def test_an_odd_batch_is_no_match_for_mixup() -> None:
     with pytest.raises(UserError, match="Mixup pairs them"):
         patch_args(arguments(mixup=0.8), passes(batch=3, micro_batch=None))

@@ -162,7 +162,7 @@ class Prediction:
             f"{self.passes:.4g} passes over the data, {self.updates} updates, {self.exa_mac:.4g} x 10^18 multiply-adds"
         )
         ordinary = f"{self.baseline_epochs:g} epochs at full size"
-        need = f"{self.demand:.4g} images/s" if self.absolute else f"{self.demand:.3g} times the images/s of these"
+        need = f"{self.demand:,.0f} images/s" if self.absolute else f"{self.demand:.3g} times the images/s of these"
         lines.append(f"{self.model}: {total}, {self.speedup:.3f}x less than {ordinary}; the loader must deliver {need}")
         if self.measured_speedup is not None:
             lines.append(f"by the steps timed on this machine, {self.measured_speedup:.3f}x faster than {ordinary}")

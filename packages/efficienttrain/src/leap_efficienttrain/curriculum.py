@@ -34,7 +34,7 @@ class Curriculum(CurriculumFields):
     """
 
     @classmethod
-    def preset(cls, name: str, epochs: Number | None = None, base_size: int = 224, **changes: Any) -> Curriculum:
+    def preset(cls, name: str, epochs: Number | None = None, base_size: Any = 224, **changes: Any) -> Curriculum:
         """A published curriculum, or one to compare with; see `leap_efficienttrain.presets`.
 
         Args:
@@ -42,7 +42,8 @@ class Curriculum(CurriculumFields):
                 any model with a released script too, as et++:deit_small.
             epochs: T, see `Curriculum`; the preset's where none is given.
             base_size: full size; the sizes of the stages grow with it, to multiples of 32 (et++:deit: 16).
-            **changes: `replay=True` for the released replay buffers, and fields of `Curriculum` such as `batch`.
+            **changes: `replay=True` for the released replay buffers, and fields of `Curriculum` such as `batch`; `lr`
+                may be a rule alone, "continuous" or "reference".
 
         Raises:
             UserError: there is no such preset, or a value is impossible.

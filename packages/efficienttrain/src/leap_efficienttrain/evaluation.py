@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from leap_shared.errors import UserError
 from leap_shared.vision import DataConfig, build_transform, evaluate, evaluation_loader
 from leap_shared.vision.learner import AMP
 
-__all__ = ["score"]
+__all__ = ["TRAINING", "score"]
+
+TRAINING = "training.json"  # in the folder of a training: its model and full size
 
 
 def score(
@@ -54,9 +57,10 @@ def score(
         UserError: the checkpoint, the pictures, a size and the model do not fit together.
     """
     found = read_checkpoint(checkpoint, which=which)
-    name = model or found.variant
+    trained, base = _of_training(Path(checkpoint))
+    name = model or trained or found.variant
     if name is None:
-        raise UserError(f"{checkpoint} fits no released model: name it with model")
+        raise UserError(f"{checkpoint} fits no released model: give --model, its name in timm")
     classes = found.num_classes
     source = open_pictures(data, "validation")
     names = getattr(source, "classes", None)
@@ -65,7 +69,7 @@ def score(
         raise UserError(f"{given}: give pictures of its classes, a folder for each")
     published = {file: top1 for variant in VARIANTS.values() for file, top1 in variant.files.items()}
     rows = []
-    for size in sizes or (found.size,):
+    for size in sizes or (base or found.size,):
         network = create_model(name, size=size, num_classes=classes)
         load_state(network, found.state, resize=True)
         network.to(device or "cpu")
@@ -82,6 +86,15 @@ def score(
         scores = evaluate(network, shown, amp=AMP[amp], predict=_cropping(size) if fourier else None)
         rows.append({"model": name, "size": size, **scores, "published top1": published.get(Path(checkpoint).name)})
     return rows
+
+
+def _of_training(folder: Path) -> tuple[str | None, int | None]:
+    """Model and full size of the training that wrote a folder; None where nothing tells them."""
+    path = folder / TRAINING
+    if not path.is_file():
+        return None, None
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    return facts["model"], facts["base_size"]
 
 
 def _cropping(size: int) -> Callable[[nn.Module, Tensor], Tensor]:

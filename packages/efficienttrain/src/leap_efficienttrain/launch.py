@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +16,12 @@ from leap_efficienttrain.models import create_model, find
 from leap_efficienttrain.plan import Leg, Plan, State
 from leap_shared.errors import UserError
 
-__all__ = ["launch_commands"]
+__all__ = ["CAVEATS", "launch_commands", "recipe_flags"]
+
+CAVEATS = (
+    "As near as timm's train.py comes: between stages the optimiser starts anew, and pictures are cropped straight to",
+    "their size. leap-efficienttrain train keeps moments and averages, and augments at full size, as released.",
+)
 
 STEPS = 1000  # points of a pass at which rates are compared
 LAUNCHERS = {
@@ -93,6 +100,34 @@ def launch_commands(
         flags += ["--output", output, "--experiment", _folder(label, leg), *options]
         commands.append(f"{before}{start} {shlex.join(flags)}")
     return commands
+
+
+def recipe_flags(settings: Any, drop_path: float) -> list[str]:
+    """A recipe's optimiser, augmentation, drop path and averages as flags of train.py.
+
+    Args:
+        settings: `TrainSettings` of a recipe; the rate, the magnitude and the batch are the curriculum's.
+        drop_path: rate.
+    """
+    optimiser, augmentation = settings.optimiser, settings.augmentation
+    values = {
+        "opt": optimiser.name,
+        "opt-eps": optimiser.eps,
+        "weight-decay": optimiser.weight_decay,
+        "clip-grad": optimiser.clip_norm if settings.amp != "no" else None,
+        "drop-path": drop_path or None,
+        "mixup": augmentation.mixup,
+        "cutmix": augmentation.cutmix,
+        "smoothing": augmentation.label_smoothing,
+        "reprob": augmentation.erasing,
+        "remode": augmentation.erasing_mode,
+        "amp-dtype": {"fp16": "float16", "bf16": "bfloat16"}.get(settings.amp),
+        "model-ema-decay": optimiser.ema_decay,
+    }
+    switches = {"amp": settings.amp != "no", "model-ema": optimiser.ema_decay is not None}
+    flags = [f"--{name}" for name, wanted in switches.items() if wanted]
+    given = {f"--{name}": str(value) for name, value in values.items() if value is not None}
+    return [*flags, *itertools.chain(*given.items())]
 
 
 def _folder(label: str, leg: Leg) -> str:

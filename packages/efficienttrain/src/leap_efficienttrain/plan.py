@@ -136,10 +136,12 @@ class State:
 
     def progress_at(self, step: Number = 0, steps: int | None = None) -> float:
         """Share of the training that is over before update `step` of this pass."""
-        per_epoch = self._steps(steps)
-        known = self.leg.updates is not None
-        before = self.first_step if known else self.first_step * per_epoch
-        inside = (before + step) / (self.leg.updates or self.leg.passes * per_epoch)
+        if self.leg.updates is None and not step:
+            inside = self.first_step / self.leg.passes
+        else:
+            per_epoch = self._steps(steps)
+            before = self.first_step if self.leg.updates is not None else self.first_step * per_epoch
+            inside = (before + step) / (self.leg.updates or self.leg.passes * per_epoch)
         return self.leg.progress + (self.leg.progress_end - self.leg.progress) * inside
 
     def lr(self, step: Number = 0, steps: int | None = None) -> float:
@@ -239,9 +241,11 @@ def make_plan(curriculum: CurriculumFields, samples: int | None, world: int) -> 
         micro, accumulate = _micro_batch(curriculum, stage, world)
         start, total, passes = _epochs(curriculum, index, legs)
         per_epoch = None if samples is None else samples // (micro * accumulate * world)
-        if per_epoch == 0:
+        if per_epoch == 0 and (curriculum.arithmetic == "continuous" or passes):
             batch = f"{micro} x {accumulate} x {world}"
-            raise UserError(f"stage {index + 1}: a batch of {batch} is more than the {samples} pictures: lower batch")
+            short = f", and of {curriculum.equivalent_epochs:g} epochs nothing is left for stage {', '.join(empty)}"
+            given = f"stage {index + 1}: a batch of {batch} is more than the {samples} pictures"
+            raise UserError(f"{given}{short if empty else ''}: lower batch")
         updates = None if per_epoch is None else round(passes * per_epoch)
         if not passes or updates == 0:
             empty.append(f"{index + 1} ({stage.size} pixels)")

@@ -73,7 +73,7 @@ PRESETS: dict[str, Callable[[], Curriculum]] = {
 REPLAY: dict[str, Replay] = {"et++": SWIN_REPLAY, "et++:deit": DEIT_REPLAY}
 
 
-def make(name: str, epochs: Number | None, base_size: int, *, replay: bool = False, **changes: Any) -> Curriculum:
+def make(name: str, epochs: Number | None, base_size: Any, *, replay: bool = False, **changes: Any) -> Curriculum:
     """See `Curriculum.preset`."""
     known, curve = name, REPLAY.get(name, ())
     models = {f"et++:{model}": model for model in (*RECIPES, *ALIASES)}
@@ -84,7 +84,12 @@ def make(name: str, epochs: Number | None, base_size: int, *, replay: bool = Fal
     if known not in PRESETS:
         near = did_you_mean(name, [*PRESETS, *models] if name.startswith("et++:") else PRESETS)
         raise UserError(f"preset {name!r} is unknown: {near}")
+    if not isinstance(base_size, int):
+        advice = "a curriculum has square pictures; other ones: Flexible.set_size((height, width)) in your loop"
+        raise UserError(f"base_size {base_size}: expected one whole number, for {advice}")
     curriculum = PRESETS[known]()
+    if isinstance(changes.get("lr"), str):
+        changes["lr"] = replace(curriculum.lr, rule=changes["lr"])
     if base_size != curriculum.base_size:
         curriculum = curriculum.scaled(base_size, 16 if known == "et++:deit" else 32)
     if replay:

@@ -58,8 +58,8 @@ class ReplayBuffer:
         generator: torch.Generator | None = None,
     ) -> None:
         for name, value in (("capacity_batches", capacity_batches), ("split", split), ("times", times)):
-            if value < 1:
-                raise UserError(f"{name} {value}: expected 1 or more")
+            if value != int(value) or value < 1:
+                raise UserError(f"{name} {value}: expected a whole number, 1 or more")
         self.capacity_batches, self.split, self.times = capacity_batches, split, times
         self.dtype, self.ragged, self.generator = dtype, ragged, generator
         self.clear()

@@ -67,6 +67,10 @@ def low_frequency_crop(
     Raises:
         UserError: `x` is no batch of float images, or the size is below 2 or above the shorter side.
     """
+    if not isinstance(x, Tensor):
+        raise UserError(f"low_frequency_crop takes a tensor, not a {type(x).__name__}: give torch.from_numpy(x)")
+    if not isinstance(size, int):
+        raise UserError(f"size {size}: expected a whole number of pixels")
     if x.ndim != 4 or not x.is_floating_point():
         raise UserError(
             f"low_frequency_crop takes float images (batch, channels, height, width), not {x.dtype} of shape "

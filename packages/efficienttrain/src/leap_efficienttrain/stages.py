@@ -123,6 +123,8 @@ class CurriculumFields:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.lr, LearningRate):
+            raise UserError(f"lr {self.lr!r}: expected a LearningRate")
         if not self.stages:
             raise UserError("a curriculum without stages: give one or more")
         known = {

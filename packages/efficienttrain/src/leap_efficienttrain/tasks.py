@@ -189,6 +189,6 @@ def _picture(picture: Any) -> Image.Image:
     return (picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))).convert("RGB")
 
 
-def _together(pictures: list[Image.Image], labels: NDArray[np.integer[Any]]) -> Pictures:
+def _together(pictures: list[Image.Image], labels: NDArray[Any]) -> Pictures:
     images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     return Pictures(images, torch.as_tensor(labels, dtype=torch.int64))

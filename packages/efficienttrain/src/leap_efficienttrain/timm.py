@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from argparse import Namespace
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from leap_efficienttrain.launch import launch_commands
 from leap_efficienttrain.live import live
 from leap_efficienttrain.loops import check_even, check_half_precision, check_no_replay, dataset_length, set_rate
 from leap_shared.errors import UserError
+from leap_shared.vision.bodies.grids import Number
 
 __all__ = ["CurriculumScheduler", "launch_commands", "live", "patch_args"]
 
@@ -50,7 +52,7 @@ def patch_args(args: Namespace, curriculum: Curriculum, world: int | None = None
         given = "--no-aug" if getattr(args, "no_aug", False) else f"--aa {policy}"
         warnings.warn(f"{given} has no RandAugment that the magnitudes could drive: take --aa rand-m9", stacklevel=2)
     elif hasattr(args, "aa"):
-        args.aa = plan.states[0].randaug
+        args.aa = _with_magnitude(policy or plan.states[0].randaug, plan.states[0].magnitude)
     first, base = plan.states[0], curriculum.base_size
     values = {
         "img_size": base,
@@ -166,6 +168,12 @@ class CurriculumScheduler(Scheduler):  # type: ignore[misc, unused-ignore]
 
     def _get_lr(self, t: int) -> list[float]:
         return [self.plan.lr(min(t, self.plan.updates - 1))] * len(self.base_values)
+
+
+def _with_magnitude(policy: str, magnitude: Number) -> str:
+    """A RandAugment policy of timm, such as rand-m9-n1-inc1, at another magnitude."""
+    parts = [part for part in policy.split("-") if not re.fullmatch(r"m[\d.]+", part)]
+    return "-".join([parts[0], f"m{magnitude:g}", *parts[1:]])
 
 
 def _check_fit(curriculum: Curriculum) -> None:

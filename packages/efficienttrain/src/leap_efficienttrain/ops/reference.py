@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -31,6 +32,8 @@ def _lowest(length: int, size: int, device: torch.device) -> Tensor:
 
 def crop(x: Images, size: int, gain: float) -> Squares:
     """Lowest frequencies of an unnormalised transform, times size**2 / (height * width) and `gain`, back to pixels."""
+    if not x.numel():
+        return x[:, :, :size, :size].clone()
     height, width = x.shape[2:]
     spectrum = torch.fft.fft2(x.to(widest(x.dtype)))
     rows, columns = _lowest(height, size, x.device), _lowest(width, size, x.device)
@@ -42,6 +45,8 @@ def crop(x: Images, size: int, gain: float) -> Squares:
 def adjoint(gradient: Squares, height: int, width: int, gain: float) -> Images:
     """Gradient of `crop` for its input: the spectrum with zeros around it."""
     size = gradient.shape[3]
+    if not gradient.numel():
+        return F.pad(gradient, (0, width - size, 0, height - size))
     spectrum = torch.fft.fft2(gradient.to(widest(gradient.dtype))) * gain
     rows, columns = _lowest(height, size, gradient.device), _lowest(width, size, gradient.device)
     places = (rows[:, None] * width + columns).flatten()

@@ -81,7 +81,9 @@ class Plan(CurriculumFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportLaunch(CurriculumFlags):
-    """Print the commands that train the same stages with timm's own train.py or with accelerate, one per stage.
+    """Print commands that train the stages with timm's own train.py, one per stage, with the recipe's settings.
+
+    What train.py cannot do is said above them: there the optimiser starts anew in each stage, for example.
 
     Examples:
         leap-efficienttrain export-launch --model swin_tiny --data imagenet --gpus 8
@@ -95,17 +97,30 @@ class ExportLaunch(CurriculumFlags):
     gpus: int = 1
     """Processes."""
     launcher: str = "torchrun"
-    """torchrun or accelerate."""
+    """torchrun, accelerate or python."""
+    options: str = ""
+    """More flags of train.py for all commands, as one string."""
 
     def run(self, context: Context) -> object:  # noqa: ARG002 - the interface of every verb
         """Write the commands."""
-        from leap_efficienttrain.timm import launch_commands
+        import shlex
+        from dataclasses import replace
 
-        curriculum = self.chosen(self.model)
+        from leap_efficienttrain import recipes
+        from leap_efficienttrain.launch import CAVEATS, launch_commands, recipe_flags
+
+        recipe = recipes.for_model(self.model)
+        recipe = replace(recipe, curriculum=self.chosen(self.model, recipe.curriculum))
         commands = launch_commands(
-            curriculum, self.model, self.data, world=self.gpus, launcher=self.launcher, output=str(self.out or "output")
+            recipe.curriculum,
+            self.model,
+            self.data,
+            world=self.gpus,
+            launcher=self.launcher,
+            output=str(self.out or "output"),
+            options=[*recipe_flags(recipe.train, recipe.drop_path), *shlex.split(self.options)],
         )
-        return commands if self.json else "\n".join(commands)
+        return commands if self.json else "\n".join([*(f"# {line}" for line in CAVEATS), *commands])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from leap_shared.cli import Command, Context
 from leap_shared.errors import UserError
@@ -20,11 +22,11 @@ class Bench(Command):
     stamp. On a CPU one thread is timed by its own clock.
 
     Examples:
-        leap-efficienttrain bench --parts crop loader --threads 1
+        leap-efficienttrain bench crop loader --threads 1
         leap-efficienttrain bench --quick
     """
 
-    parts: tuple[str, ...] = ()
+    parts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Parts to measure; all where none is given."""
     threads: tuple[int, ...] = (1,)
     """Numbers of CPU threads, one after the other; 0 is what PyTorch takes by itself."""

@@ -28,8 +28,8 @@ class PictureFlags(CurriculumFlags):
     """Official name, or one of timm's; its released recipe is taken where there is one."""
     recipe: str | None = None
     """Name of a recipe (see leap-efficienttrain train --recipe list) or a YAML file of one."""
-    amp: Literal["no", "bf16", "fp16"] | None = None
-    """Mixed precision; the recipe's on a GPU, none on a CPU."""
+    amp: tuple[Literal["no", "bf16", "fp16"], ...] | None = None
+    """Mixed precision: --amp bf16, or --amp alone for the recipe's; the recipe's on a GPU, none on a CPU."""
     augment_at: Literal["base", "low"] = "base"
     """base: crop and augment at full size, then make smaller, as released; low: decode and augment at the stage's size,
     which reads more than twice as many pictures per second and changes them a little."""
@@ -67,7 +67,10 @@ class PictureFlags(CurriculumFlags):
         """The run as the trainer takes it."""
         from leap_efficienttrain import recipes
 
-        amp = self.amp or ("no" if context.device.type == "cpu" else recipe.train.amp)
+        if self.amp is not None and len(self.amp) > 1:
+            raise UserError(f"--amp {' '.join(self.amp)}: give one of no, bf16 and fp16, or none")
+        amp = "no" if self.amp is None and context.device.type == "cpu" else recipe.train.amp
+        amp = self.amp[0] if self.amp else amp
         train, validation = self.sources()
         return recipes.train_config(
             recipe, train, validation, world=world, amp=amp, workers=self.workers, seed=self.seed, **more
@@ -109,8 +112,10 @@ class Train(PictureFlags):
     def run(self, context: Context) -> object:
         """Train, or go on; what each stage took, and the last scores."""
         from leap_efficienttrain import mae, recipes
+        from leap_efficienttrain.evaluation import TRAINING
         from leap_efficienttrain.training import CurriculumTrainer
         from leap_shared.checkpoints import write_safetensors
+        from leap_shared.files import write_json
         from leap_shared.vision.running import process_count, start_processes
 
         if self.recipe == "list":
@@ -153,6 +158,9 @@ class Train(PictureFlags):
         )
         if self.finetune is not None:
             trainer.load(self.finetune)
+        if context.is_main:
+            facts = {"model": recipe.timm_name, "base_size": recipe.curriculum.base_size}
+            write_json(context.out / TRAINING, facts)
         plan = trainer.plan
         context.log(f"{recipe.name}: {plan.passes:.4g} passes over {plan.samples} pictures, {plan.updates} updates")
         metrics = trainer.train()
@@ -201,6 +209,7 @@ class Search(PictureFlags):
         """Search; the stages that were found."""
         from dataclasses import asdict
 
+        from leap_efficienttrain.cache import open_pictures
         from leap_efficienttrain.searching import Search as Searching
         from leap_efficienttrain.training import SearchTraining
 
@@ -209,6 +218,10 @@ class Search(PictureFlags):
             raise UserError("a search judges by validation pictures: give --validation, or data with train/ and val/")
         curriculum = recipe.curriculum
         config = self.settings(recipe, context, validation_epochs=10**6)
+        updates = len(open_pictures(config.data.train)) // curriculum.batch * self.budget
+        if self.method == "sequential" and updates * self.fine_tune < 1:
+            share = f"--fine-tune {self.fine_tune:g} of --budget {self.budget:g} epochs"
+            raise UserError(f"{share} is less than one update: raise one of them, or lower --batch {curriculum.batch}")
         searching = Searching(
             budget=self.budget,
             sizes=self.sizes,

@@ -56,7 +56,7 @@ class Eval(Command):
     data: str
     """Folder with val/, or of a folder of pictures per class; .tar shards, an .npz file or hf:NAME."""
     model: str | None = None
-    """Official name, or one of timm's; found in the file where none is given."""
+    """Official name, or one of timm's; found in the file or the folder where none is given."""
     which: Literal["model", "ema"] = "model"
     """The weights, or their moving average."""
     sizes: tuple[int, ...] = ()
@@ -117,4 +117,6 @@ class Cache(Command):
         from leap_efficienttrain.cache import build_cache
         from leap_shared.vision import open_source
 
-        return build_cache(open_source(self.source), self.target, self.short_side, reporter=context)
+        source = build_cache(open_source(self.source), self.target, self.short_side, reporter=context)
+        written = sum(path.stat().st_size for path in self.target.iterdir() if path.is_file())
+        return {"written": str(self.target), "pictures": len(source), "short_side": self.short_side, "bytes": written}
