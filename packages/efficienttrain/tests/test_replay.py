@@ -121,7 +121,7 @@ def test_batches_that_do_not_fit_are_refused(batches, text):
 
 @pytest.mark.parametrize("numbers", [{"capacity_batches": 0}, {"split": 0}, {"times": 0}])
 def test_impossible_numbers_are_refused(numbers):
-    with pytest.raises(UserError, match="expected 1 or more"):
+    with pytest.raises(UserError, match="expected a whole number, 1 or more"):
         ReplayBuffer(**numbers)
 
 
