@@ -18,7 +18,6 @@ from digits import Digits, accuracy, make_curriculum, make_model, make_transform
 from torch.nn.parallel import DistributedDataParallel
 
 import leap_efficienttrain as et
-from leap_efficienttrain.loops import rewrap
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
     done = 0
     for state in curriculum.epochs(len(train), world):
         if flex.set_size(state.size):
-            rewrap(wrapped)
+            et.rewrap(wrapped)
         loader.set_state(state)
         for images, labels in loader:
             for group in optimizer.param_groups:

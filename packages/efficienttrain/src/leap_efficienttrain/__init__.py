@@ -10,10 +10,12 @@ from leap_efficienttrain.cache import build_cache, open_pictures
 from leap_efficienttrain.checkpoints import convert, load_checkpoint, load_state, read_checkpoint, save_official
 from leap_efficienttrain.cost import Prediction, gmac
 from leap_efficienttrain.curriculum import Curriculum
+from leap_efficienttrain.families import FAMILIES
 from leap_efficienttrain.finish import Finish
 from leap_efficienttrain.groups import named_groups, param_groups
 from leap_efficienttrain.live import Columns, live
 from leap_efficienttrain.loader import CurriculumLoader
+from leap_efficienttrain.loops import rewrap
 from leap_efficienttrain.models import VARIANTS, create_model
 from leap_efficienttrain.plan import Plan, State
 from leap_efficienttrain.released import stage_table
@@ -33,6 +35,7 @@ __version__ = "0.0.1"
 ADAPTERS = ("accelerate", "hf", "lightning", "timm")  # imported when they are asked for: they need their libraries
 
 __all__ = [
+    "FAMILIES",
     "VARIANTS",
     "Columns",
     "Curriculum",
@@ -69,6 +72,7 @@ __all__ = [
     "presets",
     "read_checkpoint",
     "recipes",
+    "rewrap",
     "save_official",
     "search",
     "stage_table",
