@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+from leap_efficienttrain.models import variants
 from leap_efficienttrain.schedule import resume_epoch, stage_boundary, stage_epochs
 from leap_shared.errors import UserError, did_you_mean
 from leap_shared.vision.bodies.grids import Number
@@ -71,11 +72,7 @@ RECIPES = {
         ReleasedRecipe("resnet50", 0.0, _per_size(512, 512, 512), amp=False, replay=DEIT_REPLAY),
     )
 }
-ALIASES = {
-    **{name: f"{name}_patch16_224" for name in ("deit_tiny", "deit_small")},
-    **{f"cswin_{name.split('_')[3]}": name for name in RECIPES if name.startswith("CSWin")},
-    **{f"swin_{width}_patch4_window7_224": f"swin_{width}" for width in ("tiny", "small", "base")},
-}
+ALIASES = {alias: name for alias, name in variants.ALIASES.items() if name in RECIPES and alias != name}
 
 
 class StageRow(TypedDict):
