@@ -215,7 +215,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, object]]:
                 rows.append(Row(case.name, str(device), threads, case.dtype, *numbers, {"peak_memory_mb": memory}))
         return rows
 
-    monkeypatch.setattr(benchmark, "compare", compare)
+    monkeypatch.setattr("leap_shared.bench.settings.compare", compare)
     return found
 
 

@@ -198,7 +198,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, object, int]]:
             rows += [Row(case.name, "cpu", threads, case.dtype, 1.0, peer, 2.0, *numbers) for peer in case.peers]
         return rows
 
-    monkeypatch.setattr(benchmark, "compare", compare)
+    monkeypatch.setattr("leap_shared.bench.settings.compare", compare)
     return found
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -17,9 +16,19 @@ from leap_efficienttrain import peers, pipelines
 from leap_efficienttrain.cost import gmac
 from leap_efficienttrain.models import create_model
 from leap_efficienttrain.resampling import lanczos_resize, low_frequency_crop, prepare
-from leap_shared.bench import Case, Row, compare, dtype_on, infer, noise, training_step, write
+from leap_shared.bench import (
+    QUICK,
+    BenchmarkSettings,
+    Case,
+    Row,
+    dtype_on,
+    file_name,
+    infer,
+    noise,
+    training_step,
+    write,
+)
 from leap_shared.cli import Context
-from leap_shared.errors import UserError, did_you_mean
 from leap_shared.vision.data import isolated
 
 __all__ = ["PARTS", "Crop", "Settings", "run"]
@@ -54,18 +63,15 @@ CROPS = (
 MODELS = ("deit_small", "swin_tiny", "convnext_tiny", "resnet50", "cswin_tiny")
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BenchmarkSettings):
     """What is measured, and how long; the defaults are what the README reports.
 
     Raises:
         UserError: a part is unknown, or a number is out of range.
     """
 
-    parts: tuple[str, ...] = ()
-    """Names of parts; all where none is given."""
     threads: tuple[int, ...] = (1,)
-    """Numbers of CPU threads, one after the other; 0 is what PyTorch takes by itself. On a GPU the first counts."""
     crops: tuple[Crop, ...] = CROPS
     sizes: tuple[int, ...] = (96, 160, 224)
     """Of the stages; the last is the full size."""
@@ -74,29 +80,16 @@ class Settings:
     """Of pipelines and down-sampling."""
     step_batch: int | None = None
     """Pictures of a training step: 8 on a CPU and 256 on a GPU unless given."""
-    rounds: int = 15
     warmup: int = 2
-    min_seconds: float = 0.02
-    """Least time of one contender in one round."""
-    smoke: bool = False
-    """Whether this only shows that everything runs: no row has a target."""
 
     def __post_init__(self) -> None:
-        for name in self.parts:
-            if name not in PARTS:
-                raise UserError(f"part {name!r} is unknown: {did_you_mean(name, PARTS)}")
-        if self.rounds < 2:
-            raise UserError(f"rounds {self.rounds}: expected 2 or more, for an interval")
-        if not self.threads or min(self.threads) < 0:
-            given = ", ".join(map(str, self.threads)) or "none"
-            raise UserError(f"threads {given}: expected numbers of 1 or more, or 0 for all")
+        self.check(PARTS)
 
     @classmethod
     def quick(cls, **changes: Any) -> Settings:
         """A trial of less than a minute."""
         sizes: dict[str, Any] = {"crops": (Crop(2, 32, {24: 3.0}),), "sizes": (32, 64), "models": ("resnet50",)}
-        small = {"pictures": 2, "step_batch": 2, "rounds": 2, "warmup": 1, "min_seconds": 1e-6, "smoke": True}
-        return cls(**{**sizes, **small, **changes})
+        return cls(**{**sizes, "pictures": 2, "step_batch": 2, **QUICK, **changes})
 
 
 def run(settings: Settings, context: Context) -> list[dict[str, Any]]:
@@ -105,32 +98,18 @@ def run(settings: Settings, context: Context) -> list[dict[str, Any]]:
     Raises:
         UserError: the device is neither a CPU nor a CUDA device.
     """
-    if context.device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {context.device} cannot be timed: give --device cpu or cuda")
+    counts = settings.thread_counts(context.device)
     gpu = context.device.type == "cuda"
     if not gpu:
         context.log("no GPU is used, so bfloat16, fused kernels and compiled steps are not measured")
     if not peers.has_composer():
         context.log(f"{COMPOSER} is not measured: mosaicml is not installed")
     rows: list[Row] = []
-    counts = list(dict.fromkeys(count or torch.get_num_threads() for count in settings.threads))
-    for count in counts[: 1 if gpu else None]:
+    for count in counts:
         for part in settings.parts or PARTS:
-            cases = PARTS[part](settings, context)
-            if settings.smoke or (count > 1 and not gpu):  # targets are for the real sizes and one thread
-                cases = (replace(case, target=None) for case in cases)
-            found = compare(
-                cases,
-                device=context.device,
-                threads=count,
-                min_seconds=settings.min_seconds,
-                rounds=min(settings.rounds, FEW_ROUNDS) if part == "step" and not gpu else settings.rounds,
-                warmup=1 if part == "step" and not gpu else settings.warmup,
-                seed=context.seed,
-                progress=context.progress,
-                timer=time.thread_time if count == 1 else time.perf_counter,  # its own, not the machine's
-            )
-            write(found, context.out, part if count == 1 or gpu else f"{part}-{count}-threads", plot=True)
+            few = FEW_ROUNDS if part == "step" and not gpu else None
+            found = settings.measure(PARTS[part](settings, context), context, count, few)
+            write(found, context.out, file_name(part, count, context.device), plot=True)
             rows += found
     return [row.to_json() for row in rows]
 

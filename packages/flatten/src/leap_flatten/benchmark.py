@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,10 +20,12 @@ from leap_flatten.demo import slope
 from leap_flatten.digits import SoftmaxAttention
 from leap_flatten.peers import EagerAttention, Floor, eager_copy
 from leap_shared.bench import (
+    QUICK,
+    BenchmarkSettings,
     Case,
     Row,
-    compare,
     dtype_on,
+    file_name,
     infer,
     memory_table,
     model_call,
@@ -34,7 +35,6 @@ from leap_shared.bench import (
     write,
 )
 from leap_shared.cli import Context
-from leap_shared.errors import UserError, did_you_mean
 from leap_shared.files import atomic_writer, write_text
 from leap_shared.vision.bodies.grids import Size
 from leap_shared.vision.windows import WindowedAttention
@@ -113,45 +113,30 @@ CONTESTS = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BenchmarkSettings):
     """What is measured, and how long; the defaults are what the README reports.
 
     Raises:
-        UserError: a part is unknown, or a number of threads is negative.
+        UserError: a part is unknown, or a number is out of range.
     """
 
-    parts: tuple[str, ...] = ()
-    """Names of parts; all where none is given."""
-    threads: tuple[int, ...] = (1, 0)
-    """Numbers of CPU threads, one after the other; 0 is what PyTorch takes by itself. On a GPU the first counts."""
     peers: bool = True
     """Whether to measure beside softmax attention and timm's models, not the eager formula and the floor alone."""
     shapes: tuple[Shape, ...] = SHAPES
     contests: tuple[Contest, ...] = CONTESTS
     sides: tuple[int, ...] = (8, 16, 32, 48, 64, 96, 128)
     """Of the square maps over which the growth is measured; at least two of 32 or more."""
-    rounds: int = 15
-    warmup: int = 3
-    min_seconds: float = 0.02
-    """Least time of one contender in one round."""
-    smoke: bool = False
-    """Whether this only shows that everything runs: no row has a target."""
 
     def __post_init__(self) -> None:
-        for name in self.parts:
-            if name not in PARTS:
-                raise UserError(f"part {name!r} is unknown: {did_you_mean(name, PARTS)}")
-        if not self.threads or min(self.threads) < 0:
-            given = ", ".join(map(str, self.threads)) or "none"
-            raise UserError(f"threads {given}: expected numbers of 1 or more, or 0 for all")
+        self.check(PARTS)
 
     @classmethod
     def quick(cls, **changes: Any) -> Settings:
         """A trial of less than a minute."""
         contests = tuple(replace(c, size=64) for c in CONTESTS if c.size == 224)
         sizes: dict[str, Any] = {"shapes": (Shape(1, 8, 8, 32, 2, 2),), "contests": contests, "sides": (8, 32, 48)}
-        return cls(**{**sizes, "rounds": 2, "warmup": 1, "min_seconds": 1e-6, "smoke": True, **changes})
+        return cls(**{**sizes, **QUICK, **changes})
 
 
 def run(settings: Settings, context: Context) -> list[dict[str, Any]]:
@@ -160,30 +145,14 @@ def run(settings: Settings, context: Context) -> list[dict[str, Any]]:
     Raises:
         UserError: the device is neither a CPU nor a CUDA device.
     """
-    if context.device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {context.device} cannot be timed: give --device cpu or cuda")
-    on_gpu = _on_gpu(context)
-    if not on_gpu:
+    counts = settings.thread_counts(context.device)
+    if not _on_gpu(context):
         context.log(f"no GPU is used, so bfloat16, batches of {GPU_BATCH} and compiled models are not measured")
     measured: list[Row] = []
-    counts = list(dict.fromkeys(count or torch.get_num_threads() for count in settings.threads))
-    for count in counts[: 1 if on_gpu else None]:
+    for count in counts:
         for part in settings.parts or PARTS:
-            cases: Iterator[Case] = PARTS[part](settings, context)
-            if settings.smoke or (count > 1 and not on_gpu):  # targets are for the real sizes and one thread
-                cases = (replace(case, target=None) for case in cases)
-            rows = compare(
-                cases,
-                device=context.device,
-                threads=count,
-                min_seconds=settings.min_seconds,
-                rounds=settings.rounds,
-                warmup=settings.warmup,
-                seed=context.seed,
-                progress=context.progress,
-                timer=time.thread_time if count == 1 else time.perf_counter,  # its own, not the machine's
-            )
-            name = part if count == 1 or on_gpu else f"{part}-{count}-threads"
+            rows = settings.measure(PARTS[part](settings, context), context, count)
+            name = file_name(part, count, context.device)
             write(rows, context.out, name, plot=True)
             if part == "tokens":
                 _write_growth(context.out / f"{name}-growth.png", rows, settings, context)

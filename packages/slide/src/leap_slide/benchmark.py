@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -13,11 +12,13 @@ import torch
 from torch import nn
 
 from leap_shared.bench import (
+    QUICK,
+    BenchmarkSettings,
     Case,
     Row,
-    compare,
     copy_with,
     dtype_on,
+    file_name,
     infer,
     memory_table,
     model_call,
@@ -27,7 +28,6 @@ from leap_shared.bench import (
     write,
 )
 from leap_shared.cli import Context
-from leap_shared.errors import UserError, did_you_mean
 from leap_shared.files import write_text
 from leap_shared.vision.windows import WindowedAttention
 from leap_slide import memory, peers
@@ -76,18 +76,14 @@ CONTESTS = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BenchmarkSettings):
     """What is measured, and how long; the defaults are what the README reports.
 
     Raises:
-        UserError: a part is unknown, or a number of threads is negative.
+        UserError: a part is unknown, or a number is out of range.
     """
 
-    parts: tuple[str, ...] = ()
-    """Names of parts; all where none is given."""
-    threads: tuple[int, ...] = (1, 0)
-    """Numbers of CPU threads, one after the other; 0 is what PyTorch takes by itself. On a GPU the first counts."""
     peers: bool = True
     """Whether to measure beside softmax attention, natten and timm's models, not forms of the same formula alone."""
     flex: bool = False
@@ -101,22 +97,9 @@ class Settings:
     memory: Shape = SHAPES[0]
     """Shape whose memory is counted, over kernel sizes."""
     kernel_sizes: tuple[int, ...] = (3, 5, 7)
-    rounds: int = 15
-    warmup: int = 3
-    min_seconds: float = 0.02
-    """Least time of one contender in one round."""
-    smoke: bool = False
-    """Whether this only shows that everything runs: no row has a target."""
 
     def __post_init__(self) -> None:
-        for name in self.parts:
-            if name not in (known := (*PARTS, MEMORY)):
-                raise UserError(f"part {name!r} is unknown: {did_you_mean(name, known)}")
-        if self.rounds < 2:
-            raise UserError(f"rounds {self.rounds}: expected 2 or more, for an interval")
-        if not self.threads or min(self.threads) < 0:
-            given = ", ".join(map(str, self.threads)) or "none"
-            raise UserError(f"threads {given}: expected numbers of 1 or more, or 0 for all")
+        self.check((*PARTS, MEMORY))
 
     @classmethod
     def quick(cls, **changes: Any) -> Settings:
@@ -124,7 +107,7 @@ class Settings:
         small = Shape(1, 8, 9, 32, 2, 3, 2)
         sizes: dict[str, Any] = {"shapes": (small,), "trained": (small,), "neighborhoods": (small,), "memory": small}
         sizes["contests"] = tuple(replace(contest, size=64) for contest in CONTESTS[1:])
-        return cls(**{**sizes, "rounds": 2, "warmup": 1, "min_seconds": 1e-6, "smoke": True, **changes})
+        return cls(**{**sizes, **QUICK, **changes})
 
 
 def run(settings: Settings, context: Context) -> list[dict[str, Any]]:
@@ -133,22 +116,21 @@ def run(settings: Settings, context: Context) -> list[dict[str, Any]]:
     Raises:
         UserError: the device is neither a CPU nor a CUDA device.
     """
-    if context.device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {context.device} cannot be timed: give --device cpu or cuda")
-    on_gpu = _on_gpu(context)
-    if not on_gpu:
+    counts = settings.thread_counts(context.device)
+    if not _on_gpu(context):
         context.log(f"no GPU is used, so bfloat16, batches of {GPU_BATCH} and compiled models are not measured")
     timed: list[Row] = []
     found: list[dict[str, Any]] = []
-    counts = list(dict.fromkeys(count or torch.get_num_threads() for count in settings.threads))
-    for count in counts[: 1 if on_gpu else None]:
+    for count in counts:
         for part in settings.parts or (*PARTS, MEMORY):
-            name = part if count == 1 or on_gpu else f"{part}-{count}-threads"
+            name = file_name(part, count, context.device)
             if part == MEMORY:
                 found += _memory(settings, context, count, name)
             else:
-                rows = _timed(part, settings, context, count)
-                absent = _absent(settings, context) if part == "neighborhood" else {}
+                apart = part == "neighborhood"
+                few = FEW_ROUNDS if apart and not _on_gpu(context) else None
+                rows = settings.measure(PARTS[part](settings, context), context, count, few)
+                absent = _absent(settings, context) if apart else {}
                 for peer, reason in absent.items():
                     context.log(f"{peer} is not measured: {reason}")
                 write(rows, context.out, name, plot=True, absent=absent)
@@ -156,24 +138,6 @@ def run(settings: Settings, context: Context) -> list[dict[str, Any]]:
     if timed:
         write_text(context.out / "resident.md", memory_table(timed))
     return [row.to_json() for row in timed] + found
-
-
-def _timed(part: str, settings: Settings, context: Context, count: int) -> list[Row]:
-    cases: Iterator[Case] = PARTS[part](settings, context)
-    if settings.smoke or (count > 1 and not _on_gpu(context)):  # targets are for the real sizes and one thread
-        cases = (replace(case, target=None) for case in cases)
-    few = part == "neighborhood" and not _on_gpu(context)
-    return compare(
-        cases,
-        device=context.device,
-        threads=count,
-        min_seconds=settings.min_seconds,
-        rounds=min(settings.rounds, FEW_ROUNDS) if few else settings.rounds,
-        warmup=1 if few else settings.warmup,
-        seed=context.seed,
-        progress=context.progress,
-        timer=time.thread_time if count == 1 else time.perf_counter,  # its own, not the machine's
-    )
 
 
 def _memory(settings: Settings, context: Context, count: int, name: str) -> list[dict[str, Any]]:

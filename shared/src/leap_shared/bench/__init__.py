@@ -7,6 +7,8 @@ from leap_shared.bench.compare import Case, Row, compare
 from leap_shared.bench.contenders import Remote
 from leap_shared.bench.models import copy_with, dtype_on, infer, model_call, noise, placed, training_step
 from leap_shared.bench.report import memory_table, stamp, table, write
+from leap_shared.bench.settings import QUICK, BenchmarkSettings, file_name
 
-__all__ = ["Case", "Remote", "Row", "compare", "copy_with", "dtype_on", "infer", "memory_table", "model_call"]
-__all__ += ["noise", "peak_allocation", "placed", "stamp", "table", "training_step", "write"]
+__all__ = ["QUICK", "BenchmarkSettings", "Case", "Remote", "Row", "compare", "copy_with", "dtype_on", "file_name"]
+__all__ += ["infer", "memory_table", "model_call", "noise", "peak_allocation", "placed", "stamp", "table"]
+__all__ += ["training_step", "write"]
