@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from leap_shared.errors import UserError
 from leap_shared.vision.bodies import PVT, CSWin, PVTv2, Site, Swin, build, pretrained_config
-from leap_shared.vision.bodies.grids import Size, merge, partition, resample_grid, to_image, to_tokens
+from leap_shared.vision.bodies.grids import Size, merge, partition, replace_data, resample_grid, to_image, to_tokens
 from leap_shared.vision.bodies.parts import uses_attention
 
 FLOAT32_ROUNDING = 1e-5
@@ -36,7 +36,8 @@ class Positional(nn.Module):
         self.seen: list[Size] = []
 
     def set_input_size(self, hw: Size) -> None:
-        self.table.data, self.size = resample_grid(self.table, self.size, hw), hw
+        replace_data(self.table, resample_grid(self.table, self.size, hw))
+        self.size = hw
 
     def forward(self, x: Tensor, hw: Size) -> Tensor:
         self.seen.append(hw)
@@ -112,6 +113,17 @@ def test_setting_the_size_keeps_the_parameters_that_an_optimiser_holds(make: Mak
     before = dict(model.named_parameters())
     model.set_input_size(128)
     assert all(value is before[name] for name, value in model.named_parameters())
+
+
+@every_family
+def test_a_loss_that_is_still_referred_to_does_not_stop_training_at_the_next_size(make: Make) -> None:
+    model = make(img_size=64, attn_type="LLSS", attention=Positional)
+    loss = model(torch.ones(1, 3, 64, 64)).sum()
+    loss.backward()
+    model.set_input_size(128)
+    model(torch.ones(1, 3, 128, 128)).sum().backward()
+    assert loss.grad_fn is not None
+    assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from leap_efficienttrain.tables import find_resampling, grids_of
 from leap_shared.errors import UserError
 
-__all__ = ["Carry", "Change", "change_between", "graft", "replace"]
+__all__ = ["Carry", "Change", "change_between", "graft"]
 
 Carry = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """Values by the names of resized parameters -> the same at the new size; linear, and not all names have to be there."""
@@ -128,13 +128,3 @@ def _placed(value: Any, like: Tensor) -> Any:
         return copy.deepcopy(value)
     dtype = like.dtype if value.is_floating_point() else value.dtype
     return value.detach().to(like.device, dtype, copy=True)
-
-
-def replace(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter values of another shape, and no gradient; it stays the same object."""
-    parameter.grad = None
-    # A loss that is still referred to keeps the parameter's gradient accumulator, which expects the old shape: torch
-    # makes a new one where the type changes, not where the shape does.
-    other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
-    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-    parameter.data = values.detach().contiguous()

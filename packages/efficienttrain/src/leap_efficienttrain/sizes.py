@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from leap_efficienttrain.changes import Change, change_between, graft, replace
+from leap_efficienttrain.changes import Change, change_between, graft
 from leap_efficienttrain.families import How, family_of, multiple_of, rebuilt_pair, resized_pair, size_of
 from leap_efficienttrain.tables import ImageSize, Size, as_size, shown
 from leap_shared.errors import UserError
+from leap_shared.vision.bodies.grids import replace_data
 
 __all__ = ["Flexible", "flexible"]
 
@@ -135,7 +136,7 @@ class Flexible:
             for optimizer in self._optimizers:
                 states += _moved_states(optimizer, trained, change)
         for parameter, values in moved:
-            replace(parameter, values)
+            replace_data(parameter, values)
         for state, key, values in states:
             state[key] = values
         for part, change in zip(self._parts, changes, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -70,6 +71,11 @@ def resample_grid(
 
 def replace_data(parameter: nn.Parameter, values: Tensor) -> None:
     """Give a parameter other values, of another shape perhaps, in place: optimisers go on holding the same object."""
-    if values is not parameter:
-        parameter.grad = None
-        parameter.data = values.detach().contiguous()
+    if values is parameter:
+        return
+    parameter.grad = None
+    # A loss that is still referred to keeps the parameter's gradient accumulator, which expects the old shape: torch
+    # makes a new one where the type changes, not where the shape does.
+    other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = values.detach().contiguous()
