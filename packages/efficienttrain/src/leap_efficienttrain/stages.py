@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from leap_shared.errors import UserError
 from leap_shared.vision.bodies.grids import Number
 
-__all__ = ["CurriculumFields", "LearningRate", "Stage"]
+__all__ = ["CurriculumFields", "LearningRate", "Stage", "any_last_size"]
+
+
+@contextlib.contextmanager
+def any_last_size() -> Iterator[None]:
+    """Do not warn of a last stage below the base size: of parts of a training, and where that was warned of before."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the last stage trains", UserWarning)
+        yield
 
 
 def _require(owner: object, expected: str, holds: Any, *names: str) -> None:

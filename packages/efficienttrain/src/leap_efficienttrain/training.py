@@ -8,7 +8,6 @@ import math
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from leap_efficienttrain.groups import param_groups
 from leap_efficienttrain.loader import CurriculumLoader
 from leap_efficienttrain.models import create_model
 from leap_efficienttrain.sizes import flexible
+from leap_efficienttrain.stages import any_last_size
 from leap_efficienttrain.transforms import LiveTransform
 from leap_shared import files
 from leap_shared.checkpoints import CheckpointFolder
@@ -99,8 +99,7 @@ class Clock:
 
 def _read(path: Path) -> Curriculum:
     """A curriculum that was accepted before, so that it needs no warning again."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the last stage trains", UserWarning)
+    with any_last_size():
         return Curriculum.from_yaml(path)
 
 
